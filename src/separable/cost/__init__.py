@@ -1,0 +1,1 @@
+"""The account: parameters, multiply-adds, memory, traffic and latency of a network."""

@@ -1,0 +1,1 @@
+"""Standard networks: MobileNetV1 with regular and with separable convolutions."""
