@@ -1,0 +1,130 @@
+"""Streaming first and second moments of the patches that a convolution sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from .forms import Conv, Shape, _plain
+
+
+@dataclass
+class Moments:
+    """Centred second moments of patches u and outputs y, of each group, in float64.
+
+    They add: the moments of two sets of samples give those of their union (Chan, Golub and
+    LeVeque 1983), so their memory does not depend on the number of samples. Centring at each
+    step keeps float64's accuracy whatever the means are.
+    """
+
+    count: float
+    """number of samples"""
+    mean: Tensor
+    """mean of u, `[G, F]`, F = inputs × taps"""
+    target: Tensor
+    """mean of y, `[G, N]`"""
+    gram: Tensor
+    """sum of (u - mean)(u - mean)ᵀ, `[G, F, F]`"""
+    cross: Tensor
+    """sum of (y - target)(u - mean)ᵀ, `[G, N, F]`"""
+    energy: Tensor
+    """sum of (y - target)², `[G, N]`"""
+
+    @classmethod
+    def zeros(cls, shape: Shape, device: torch.device | None = None) -> Moments:
+        """The moments of no samples."""
+        groups, outputs, inputs, taps = shape
+        features = inputs * taps
+
+        def empty(*size: int) -> Tensor:
+            return torch.zeros(groups, *size, dtype=torch.float64, device=device)
+
+        return cls(
+            0.0,
+            empty(features),
+            empty(outputs),
+            empty(features, features),
+            empty(outputs, features),
+            empty(outputs),
+        )
+
+    def add(self, patches: Tensor, outputs: Tensor) -> None:
+        """Take in samples, in place.
+
+        Args:
+            patches: `[G, F, samples]`.
+            outputs: `[G, N, samples]`.
+        """
+        u, y = patches.double(), outputs.double()
+        count = u.shape[2]
+        mean, target = u.mean(2), y.mean(2)
+        u -= mean[..., None]
+        y -= target[..., None]
+        self._merge(count, mean, target)
+        self.gram.baddbmm_(u, u.mT)
+        self.cross.baddbmm_(y, u.mT)
+        self.energy += y.square().sum(2)
+
+    def _merge(self, count: float, mean: Tensor, target: Tensor) -> None:
+        """Account for the distance between the two means, and move to their common mean."""
+        total = self.count + count
+        step, shift = mean - self.mean, target - self.target
+        scale = self.count * count / total
+        self.gram.baddbmm_(step[:, :, None], step[:, None], alpha=scale)
+        self.cross.baddbmm_(shift[:, :, None], step[:, None], alpha=scale)
+        self.energy += scale * shift.square()
+        self.mean = self.mean + step * (count / total)
+        self.target = self.target + shift * (count / total)
+        self.count = total
+
+    def reduced(self) -> Moments:
+        """The moments of the samples of all processes, where torch.distributed is set up."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        sums = [torch.full_like(self.mean[:1, :1], self.count)]
+        sums += [self.mean * self.count, self.target * self.count]
+        for tensor in sums:
+            dist.all_reduce(tensor)
+        total = sums[0].item()
+        mean, target = sums[1] / total, sums[2] / total
+        step, shift = self.mean - mean, self.target - target
+        gram = torch.baddbmm(self.gram, step[:, :, None], step[:, None], alpha=self.count)
+        cross = torch.baddbmm(self.cross, shift[:, :, None], step[:, None], alpha=self.count)
+        energy = self.energy + self.count * shift.square()
+        for tensor in (gram, cross, energy):
+            dist.all_reduce(tensor)
+        return dataclasses.replace(
+            self, count=total, mean=mean, target=target, gram=gram, cross=cross, energy=energy
+        )
+
+
+def patches(conv: Conv, input: Tensor) -> Tensor:
+    """The patches that a convolution multiplies with its weight.
+
+    Args:
+        conv: the convolution; its weight plays no part.
+        input: `[B, C, *spatial]`.
+
+    Returns:
+        `[B, G, C / G × taps, positions]`, in the order of `weight.flatten(1)`.
+    """
+    dims = len(conv.kernel_size)
+    if type(conv) in (_plain(conv),) or type(conv).forward is _plain(conv).forward:
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        windows = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
+        for dim in range(dims):
+            reach = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1
+            windows = windows.unfold(dim + 2, reach, conv.stride[dim])
+            windows = windows[..., :: conv.dilation[dim]]
+        # [B, C, *positions, *kernel] to [B, C, *kernel, *positions]
+        order = (0, 1, *range(dims + 2, 2 * dims + 2), *range(2, dims + 2))
+        return windows.permute(order).reshape(
+            len(input), conv.groups, -1, math.prod(windows.shape[2 : dims + 2])
+        )
+    raise NotImplementedError
