@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .account import Account, Cost, Row
-from .formulas import FIRST_RESULT_ONLY, Margins, Operation, find_formula, operator_name
+from .formulas import FIRST_RESULT_ONLY, VIEWS, Margins, Operation, find_formula, operator_name
 from .inputs import DTypes, Inputs, Sizes, make_inputs, model_device
 from .untouched import plain_operators, train_flags, untouched
 
@@ -217,10 +218,14 @@ class _Walk(TorchDispatchMode):
 
     @contextmanager
     def _follow_modules(self) -> Iterator[None]:
-        # torch's global hooks: the model's own are left alone, and they are called for every module
-        with register_module_forward_pre_hook(self._enter):  # noqa: SIM117
-            with register_module_forward_hook(self._leave, always_call=True):
-                yield
+        # torch's global hooks leave the model's own alone; compiled modules warn of them
+        with (
+            warnings.catch_warnings(),
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ):
+            warnings.filterwarnings("ignore", message="Using `torch.compile.*global hooks")
+            yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         name = self.names.get(id(module), self.stack[-1])
@@ -254,12 +259,13 @@ class _Walk(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = operator_name(func)
+        if name.startswith("prim::") or name == "lift_fresh":  # what `torch.tensor` makes is new
+            return func(*args, **kwargs)
         if self.fake is not None:
             args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
-        name = operator_name(func)
-        if name.startswith("prim::"):
-            return func(*args, **kwargs)
-        if find_formula(func) is None and hasattr(func, "decompose"):
+        if hasattr(func, "decompose") and find_formula(func) is None and not _is_view(func):
+            # an operator that is defined by others; outside of inference mode torch expands it
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -269,12 +275,10 @@ class _Walk(TorchDispatchMode):
         return result
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
-        # weights: made fake once, so that their views are known to be no activations;
-        # scalars are left to the fake mode, which remembers their values
-        if isinstance(tensor, FakeTensor) or tensor.dim() == 0:
-            return tensor
+        # the fake mode makes a new one at each use, and writes to real scalars; made here once, a
+        # weight stays as it is, and its views are known to be no activations
         assert self.fake is not None
-        return self.fake.from_tensor(tensor)
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
     def _record(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         results = _tensors(result)
@@ -282,7 +286,7 @@ class _Walk(TorchDispatchMode):
             results = results[:1]
         operands = _tensors((args, kwargs))
         if not results or _is_view(func):
-            return
+            return  # views cost nothing, and look at a storage that is known already
         formula = find_formula(func)
         if formula is None:
             self.unknown.add(name)
@@ -400,7 +404,7 @@ def _tensors(tree: Any) -> tuple[Tensor, ...]:
 
 def _is_view(func: Any) -> bool:
     """Whether an operator returns its input, seen in another way."""
-    if torch.Tag.inplace_view in getattr(func, "tags", ()):
+    if torch.Tag.inplace_view in getattr(func, "tags", ()) or operator_name(func) in VIEWS:
         return True
     returns = func._schema.returns if hasattr(func, "_schema") else ()
     return any(value.alias_info and not value.alias_info.is_write for value in returns)

@@ -127,6 +127,11 @@ FIRST_RESULT_ONLY = frozenset(
     """.split()
 )
 
+# Views that their schema does not tell.
+VIEWS = frozenset(
+    "_unsafe_view _reshape_alias unsafe_split unsafe_split_with_sizes unsafe_chunk".split()
+)
+
 # Operators that move, make or look at data without arithmetic. Random draws are among them.
 _FORMULAS.update(
     dict.fromkeys(
@@ -146,7 +151,6 @@ _FORMULAS.update(
         uniform normal exponential random one_hot
         resize set _local_scalar_dense item equal is_same_size sym_size sym_numel sym_stride
         sym_storage_offset _assert_async _assert_tensor_metadata _assert_scalar
-        _unsafe_view _reshape_alias unsafe_split unsafe_split_with_sizes unsafe_chunk
         lift lift_fresh lift_fresh_copy
         """.split(),
         _free,
@@ -154,7 +158,10 @@ _FORMULAS.update(
 )
 
 
-@formula("dropout", "native_dropout", "relu6", "_prelu_kernel", "rrelu_with_noise", "glu")
+@formula(
+    *"dropout native_dropout relu6 hardswish log_sigmoid_forward _prelu_kernel rrelu_with_noise "
+    "glu addcmul addcdiv lerp".split()
+)
 def pointwise(op: Operation) -> Cost:
     """One per result."""
     return Cost(elementwise=op.numel)
@@ -170,6 +177,12 @@ def add(op: Operation) -> Cost:
 def softmax(op: Operation) -> Cost:
     """An exponential, a summand and a division (or subtraction) per element."""
     return Cost(elementwise=3 * op.numel)
+
+
+@formula("_weight_norm_interface")
+def weight_norm(op: Operation) -> Cost:
+    """A sum of squares and a scaling: 2 per element of the direction `v`."""
+    return Cost(elementwise=2 * op["v"].numel())
 
 
 @formula(
