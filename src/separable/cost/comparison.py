@@ -147,8 +147,9 @@ class Comparison:
         speed_up = one.ratio_to(other)
         versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
         return [
-            f"Share of the promise: {self.promise_kept:.0%}, measured speed-up {speed_up.median:.2f}x "
-            f"(quartiles {speed_up.low:.2f} to {speed_up.high:.2f}, {len(one.times)} repeats) of "
+            f"Share of the promise: {self.promise_kept:.0%}, measured speed-up "
+            f"{speed_up.median:.2f}x (quartiles {speed_up.low:.2f} to "
+            f"{speed_up.high:.2f}, {len(one.times)} repeats) of "
             f"{self.ratio['macs']:.2f}x fewer MACs.\n"
             f"{one.device}, {one.threads} threads, {one.dtype}, {versions}."
         ]

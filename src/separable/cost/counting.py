@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .account import Account, Cost, Row
 from .formulas import FIRST_RESULT_ONLY, VIEWS, Margins, Operation, find_formula, operator_name
 from .inputs import DTypes, Inputs, Sizes, make_inputs, model_device
-from .untouched import plain_operators, train_flags, untouched
+from .untouched import held_tensors, plain_operators, train_flags, untouched
 
 
 def count(
@@ -149,7 +149,7 @@ def _count_operators(
     def run(fake: FakeTensorMode | None) -> _Walk:
         walk = _Walk(model, fake, reject_unbatched=from_size)
         with ExitStack() as stack:
-            stack.enter_context(untouched(model, values=fake is None))
+            stack.enter_context(untouched(model, held_tensors(model) if fake is None else ()))
             stack.enter_context(train_flags(model, training))
             stack.enter_context(plain_operators())
             stack.enter_context(torch.inference_mode(False))

@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
+from .untouched import held_tensors, train_flags, untouched
 
 
 def measure(
     model: Callable[..., Any],
     inputs: Any = None,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: Sizes | None = None,
     kwargs: Mapping[str, Any] | None = None,
     repeats: int = 20,
     min_seconds: float = 1.0,
@@ -80,7 +82,7 @@ def measure_interleaved(
     models: Sequence[Callable[..., Any]],
     inputs: Any = None,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: Sizes | None = None,
     kwargs: Mapping[str, Any] | None = None,
     repeats: int = 20,
     min_seconds: float = 1.0,
@@ -123,22 +125,22 @@ def measure_interleaved(
         raise ValueError(f"`min_seconds` (={min_seconds}) must not be negative")
     from torch.utils import benchmark  # not above: it loads setuptools and looks for compilers
 
-    args = _positional(models[0], inputs, input_size)
-    tensors = [_tensors(model, args, kwargs) for model in models]
+    first = models[0] if isinstance(models[0], nn.Module) else None
+    given = make_inputs(first, input_size, inputs=inputs, kwargs=kwargs)
+    tensors = [_tensors(model, given) for model in models]
     devices = [_device(each) for each in tensors]
 
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(_at_rest(model))
-        stack.enter_context(torch.random.fork_rng({d for d in devices if d.type == "cuda"}))
         # inference_mode would leave inference tensors in the caches that models keep, which a
         # later backward pass refuses, and makes torch.compile compile anew
         stack.enter_context(torch.no_grad())
         threads = torch.get_num_threads() if threads is None else threads
         stack.enter_context(benchmark.set_torch_threads(threads))
         # a model that writes to its input writes to a copy
-        args, options = tree_map_only(Tensor, torch.clone, (args, dict(kwargs or {})))
-        calls = [partial(model, *args, **options) for model in models]
+        given = given.map(torch.clone)
+        calls = [partial(model, *given.args, **given.kwargs) for model in models]
         for call in calls:
             for _ in range(warmup):
                 call()
@@ -284,46 +286,21 @@ def _layer_times(
 
 @contextmanager
 def _at_rest(model: Callable[..., Any]) -> Iterator[None]:
-    """Hold a module in eval mode, then give it back its train flags and buffers."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [(module, module.training) for module in modules]
-    buffers = [
-        (module._buffers, dict(module._buffers))
-        for module in modules
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    values = [(b, b.clone()) for module in modules for b in module.buffers(recurse=False)]
-    try:
-        for module in modules:
-            module.training = False  # train() may be overridden, to fold weights for instance
+    """Hold a module in eval mode, then give it back its train flags, buffers and attributes."""
+    if not isinstance(model, nn.Module):
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for present, kept in buffers:
-            present.clear()
-            present.update(kept)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        return
+    written = (each for each in held_tensors(model) if not isinstance(each, nn.Parameter))
+    with untouched(model, written), train_flags(model, training=False):
+        yield
 
 
-def _positional(model: Any, inputs: Any, input_size: Sequence[int] | None) -> tuple[Any, ...]:
-    if (inputs is None) == (input_size is None):
-        raise ValueError("give one of `inputs` and `input_size`, and not both")
-    if inputs is not None:
-        return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    like = next((p for p in parameters if p.is_floating_point()), torch.empty(()))
-    noise = torch.randn(tuple(input_size or ()), generator=torch.Generator().manual_seed(0))
-    return (noise.to(like),)
-
-
-def _tensors(model: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors(model: Any, given: Inputs) -> list[Tensor]:
     """Return the tensors of the model, then those of the inputs."""
     own = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return own + [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return own + [
+        leaf for leaf in tree_leaves((given.args, given.kwargs)) if isinstance(leaf, Tensor)
+    ]
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

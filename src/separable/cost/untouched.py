@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,48 +15,53 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
-def untouched(model: nn.Module, *, values: bool) -> Iterator[None]:
+def untouched(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
     """Put back every module's attributes, and the random state, whatever the block does.
 
     Args:
         model: the model that runs in the block.
-        values: whether the block may write to the tensors that the model holds, so that their
-            values have to be copied and put back too. Fake tensors can't.
+        values: tensors that the block may write to; copies of them are put back.
     """
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     containers = [
         (value, value.copy())
-        for kept in attributes
+        for _, kept in attributes
         for value in kept.values()
         if isinstance(value, (dict, list, set))
     ]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors(modules)] if values else []
+    copies = [(tensor, tensor.detach().clone()) for tensor in values]
     try:
         with _random_state():
             yield
     finally:
-        for module, kept in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(kept)
-        for container, contents in containers:
+        for container, contents in (*attributes, *containers):
             _refill(container, contents)
         with torch.no_grad():
-            for tensor, copy in tensors:
+            for tensor, copy in copies:
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
 
 
-def _tensors(modules: list[nn.Module]) -> list[Tensor]:
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and tensor attributes of a model, each once, none of them on meta."""
     found: dict[int, Tensor] = {}
-    for module in modules:
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        found.update((id(value), value) for value in held if isinstance(value, Tensor))
+    for module in model.modules():
+        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        held += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        found.update((id(tensor), tensor) for tensor in held)
     return [tensor for tensor in found.values() if tensor.device.type != "meta"]
 
 
 def _refill(container: Any, contents: Any) -> None:
-    # in place, because others may hold the same container
+    # in place, because others may hold the same container; and only where something changed
+    if isinstance(container, dict):
+        unchanged = list(container) == list(contents) and all(
+            container[key] is contents[key] for key in contents
+        )
+    else:
+        unchanged = list(map(id, container)) == list(map(id, contents))
+    if unchanged:
+        return
     if isinstance(container, list):
         container[:] = contents
     else:
