@@ -22,7 +22,7 @@ demo: $(READY)  ## the whole story on real data: train, compare, plot
 	$(BIN)/separable demo
 
 test: $(READY)  ## all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term:skip-covered
 
 check: $(READY)  ## lint and types
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,26 +16,35 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Order = Literal["depthwise-pointwise", "pointwise-depthwise"]
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_int(value):
         raise TypeError(f"`{name}` (={value!r}) must be an int")
     if value < 1:
         raise ValueError(f"`{name}` (={value}) must be at least 1")
+    return int(value)
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        remedy = "; `groups`, before it in torch, is no argument here" if name == "bias" else ""
+        raise TypeError(f"`{name}` (={value!r}) must be a bool{remedy}")
     return value
 
 
 def _sizes(name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
     """Check an int, or one int per dimension, and return it as a tuple."""
-    sizes = (value,) * dims if isinstance(value, int) else value
-    if not isinstance(sizes, Sequence) or not all(
-        isinstance(size, int) and not isinstance(size, bool) for size in sizes
-    ):
+    sizes = (value,) * dims if _is_int(value) else value
+    if not isinstance(sizes, Sequence) or not all(map(_is_int, sizes)):
         raise TypeError(f"`{name}` (={value!r}) must be an int or a tuple of {dims} ints")
     if len(sizes) != dims:
         raise ValueError(f"`{name}` (={value!r}) must have {dims} entries, one per dimension")
     if any(size < least for size in sizes):
         raise ValueError(f"`{name}` (={value!r}) must be at least {least} in every dimension")
-    return tuple(sizes)
+    return tuple(map(int, sizes))
 
 
 def _geometry(
@@ -70,7 +80,7 @@ def _reset_depthwise(conv: nn.Module) -> None:
     The fan-in of one depthwise filter is `weight[0].numel()`, kernel volume × inputs per group:
     uniform in ±sqrt(3 / fan_in), variance 1 / fan_in (LeCun et al. 1998). The pointwise half
     keeps torch's own initialisation, so a fresh separable pair has the output variance of the
-    regular convolution it replaces.
+    regular convolution it replaces, the biases aside.
     """
     weight, bias = conv.weight, conv.bias
     assert isinstance(weight, Tensor)
@@ -100,12 +110,12 @@ class _Depthwise(nn.modules.conv._ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _positive_int("in_channels", in_channels)
+        in_channels = _positive_int("in_channels", in_channels)
         if depth_multiplier is not None:
-            _positive_int("depth_multiplier", depth_multiplier)
+            depth_multiplier = _positive_int("depth_multiplier", depth_multiplier)
         if out_channels is None:
             out_channels = in_channels * (depth_multiplier or 1)
-        _positive_int("out_channels", out_channels)
+        out_channels = _positive_int("out_channels", out_channels)
         if out_channels % in_channels:
             raise ValueError(
                 f"`out_channels` (={out_channels}) must be a multiple of "
@@ -121,7 +131,7 @@ class _Depthwise(nn.modules.conv._ConvNd):
             in_channels,
             out_channels,
             groups=in_channels,
-            bias=bias,
+            bias=_bool("bias", bias),
             device=device,
             dtype=dtype,
             **geometry,
@@ -207,8 +217,9 @@ class _Pointwise(nn.modules.conv._ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _positive_int("in_channels", in_channels)
-        _positive_int("out_channels", out_channels)
+        in_channels = _positive_int("in_channels", in_channels)
+        out_channels = _positive_int("out_channels", out_channels)
+        _bool("bias", bias)
         geometry = _geometry(self._dims, kernel_size, stride, padding, dilation, padding_mode)
         if any(size != 1 for size in geometry["kernel_size"]):
             raise ValueError(
@@ -291,14 +302,19 @@ class _Separable(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = _positive_int("in_channels", in_channels)
-        self.out_channels = _positive_int("out_channels", out_channels)
-        self.depth_multiplier = _positive_int("depth_multiplier", depth_multiplier)
+        self.in_channels = in_channels = _positive_int("in_channels", in_channels)
+        self.out_channels = out_channels = _positive_int("out_channels", out_channels)
+        self.depth_multiplier = depth_multiplier = _positive_int(
+            "depth_multiplier", depth_multiplier
+        )
         if order not in get_args(Order):
             raise ValueError(f"`order` (={order!r}) must be one of {', '.join(get_args(Order))}")
         self.order = order
         geometry = _geometry(self._dims, kernel_size, stride, padding, dilation, padding_mode)
-        geometry["bias"] = bias if depthwise_bias is None else depthwise_bias
+        _bool("bias", bias)
+        geometry["bias"] = (
+            bias if depthwise_bias is None else _bool("depthwise_bias", depthwise_bias)
+        )
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         if order == "depthwise-pointwise":
             hidden = in_channels * depth_multiplier
@@ -359,7 +375,7 @@ class SeparableConv2d(_Separable):
 
     Depthwise weights start uniform in ±sqrt(3 / fan_in), so that the depthwise half keeps its
     input's variance, and the pointwise half as in torch: the pair starts with the output variance
-    of the `nn.Conv2d` it replaces.
+    of the `nn.Conv2d` it replaces, the biases aside.
 
     Shape: `[N, in_channels, H, W]` or `[in_channels, H, W]` to `[N, out_channels, H_out, W_out]`
     or without `N`, the shape that `nn.Conv2d` with the same arguments gives.

@@ -1,0 +1,69 @@
+"""The public surface: what `separable` exports, and that importing it costs next to nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+import separable
+
+
+def in_a_fresh_interpreter(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_public_names():
+    assert set(separable.__all__) == {
+        "Account",
+        "Comparison",
+        "Measurement",
+        "__version__",
+        "compare",
+        "cost",
+        "count",
+        "crosscheck",
+        "measure",
+        "models",
+        "nn",
+        "total_learnables",
+    }
+    assert set(separable.__all__) <= set(dir(separable))
+
+
+@pytest.mark.parametrize("name", separable.__all__)
+def test_every_public_name_loads_and_says_what_it_is(name):
+    value = getattr(separable, name)
+    assert name == "__version__" or value.__doc__
+    assert getattr(separable, name) is value
+
+
+@pytest.mark.parametrize("room", ["nn", "cost", "models"])
+def test_every_name_of_a_room_loads(room):
+    module = getattr(separable, room)
+    assert module.__all__ == sorted(module.__all__)
+    assert all(getattr(module, name).__doc__ for name in module.__all__)
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="module 'separable' has no attribute 'squeeze'"):
+        separable.squeeze  # noqa: B018
+
+
+def test_import_loads_neither_torch_nor_anything_else_heavy():
+    loaded = in_a_fresh_interpreter(
+        "import sys, separable; dir(separable); separable.__version__; "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    assert not {"torch", "numpy", "torchvision", "timm", "matplotlib"} & set(loaded.split())
+
+
+def test_no_room_starts_cuda():
+    code = (
+        "import separable, torch\n"
+        "for name in separable.__all__:\n"
+        "    getattr(separable, name)\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert in_a_fresh_interpreter(code) == "False"
