@@ -70,6 +70,7 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
         names: "namespace::operator", or only the operator's name for one of aten's.
 
     Example:
+        >>> from separable.cost import Cost, formula
         >>> @formula("mylib::scale")
         ... def scale(op):
         ...     return Cost(elementwise=op.numel)
