@@ -3,9 +3,9 @@
 from .account import Account, Cost, Row
 from .comparison import Comparison, compare
 from .counting import count, total_learnables
-from .formulas import Operation, formula
 from .measurement import LayerTime, Measurement
 from .measuring import measure, measure_interleaved
+from .operation import Operation, formula
 
 __all__ = [
     "Account",

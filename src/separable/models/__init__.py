@@ -1,1 +1,6 @@
-"""Standard networks: MobileNetV1 with regular and with separable convolutions."""
+"""Standard networks: MobileNetV1 in its separable and regular form, and others by name."""
+
+from .mobilenet import MobileNetV1, load_timm_state_dict, mobilenet_v1
+from .registry import create_model
+
+__all__ = ["MobileNetV1", "create_model", "load_timm_state_dict", "mobilenet_v1"]

@@ -402,6 +402,8 @@ class SeparableConv2d(_Separable):
         ValueError: an argument is out of its range.
 
     Example:
+        >>> import torch
+        >>> from separable.nn import SeparableConv2d
         >>> layer = SeparableConv2d(3, 64, 5, stride=2)
         >>> sum(parameter.numel() for parameter in layer.parameters())
         334

@@ -1,0 +1,66 @@
+"""The command group: every error is one line on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+_PACKAGE = Path(__file__).parents[1]
+FAILED = 2
+INTERRUPTED = 130  # 128 + SIGINT, as in a shell
+
+
+class Group(click.Group):
+    """A click group that reports whatever a command raises in one line."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line; exits with 0, 2 after an error, or 130 after Ctrl-C."""
+        try:
+            # without its standalone mode click raises, and returns the exit code of `--help`
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.Abort:
+            sys.exit(INTERRUPTED)
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except Exception as error:
+            _fail(describe(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(FAILED)
+
+
+def describe(error: Exception) -> str:
+    """Say in one line what went wrong, and where if it was in somebody else's code.
+
+    An error that this package raises names the argument and the remedy, so its message is enough.
+    """
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and _PACKAGE in Path(frames[-1].filename).parents:
+        return message or type(error).__name__
+    # the innermost line that the user may have written, before torch's own
+    theirs = [
+        frame
+        for frame in frames
+        if _PACKAGE not in Path(frame.filename).parents
+        and "site-packages" not in frame.filename
+        and Path(frame.filename).is_file()
+        and not frame.filename.startswith(sys.base_prefix)
+    ]
+    place = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
+    return ": ".join(filter(None, [type(error).__name__, message])) + place

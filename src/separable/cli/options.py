@@ -1,0 +1,85 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Function = Callable[..., Any]
+
+FORMATS = ("table", "json", "csv", "markdown", "html")
+
+MODEL_HELP = """\b
+MODEL is one of
+  separable:NAME         e.g. separable:mobilenet_v1,conv=regular,width=0.5
+  torchvision:NAME       e.g. torchvision:resnet18,num_classes=10
+  timm:NAME              e.g. timm:mobilenetv1_100
+  path/to/file.py:NAME   a function that returns the network, or the network
+Commas separate its options, KEY=VALUE. Weights are random; the network is in
+eval mode."""
+
+
+def size(text: str) -> tuple[int, ...]:
+    """Read a shape such as 1x3x224x224."""
+    return _numbers(text, least=1)
+
+
+def padding(text: str) -> str | tuple[int, ...]:
+    """Read "same", "valid", or samples per dimension such as 1x2."""
+    return text if text in ("same", "valid") else _numbers(text, least=0)
+
+
+def _numbers(text: str, least: int) -> tuple[int, ...]:
+    numbers = text.split("x")
+    if not all(re.fullmatch("[0-9]+", number) and int(number) >= least for number in numbers):
+        raise click.BadParameter(
+            f"{text!r} must be whole numbers of at least {least} with an x between them"
+        )
+    return tuple(map(int, numbers))
+
+
+def input_size(function: Function) -> Function:
+    """Add `--input-size`."""
+    return click.option(
+        "--input-size",
+        type=size,
+        default="1x3x224x224",
+        show_default=True,
+        help="Shape of the input, batch included.",
+    )(function)
+
+
+def output_format(function: Function) -> Function:
+    """Add `--format` and `--json`, and print the text that the command returns.
+
+    Whatever a network or a library prints meanwhile goes to stderr, so that stdout holds the
+    result alone.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with redirect_stdout(sys.stderr):
+            text = function(*args, **kwargs)
+        click.echo(text)
+
+    choice = click.option(
+        "--format", "style", type=click.Choice(FORMATS), default="table", show_default=True
+    )
+    json = click.option("--json", "style", flag_value="json", help="Short for --format json.")
+    return choice(json(run))
+
+
+def load(name: str) -> nn.Module:
+    """Build the network that MODEL names, in eval mode."""
+    from ..models import create_model
+
+    return create_model(name).eval()
