@@ -11,7 +11,7 @@ SETS = ("digits", "cluttered")
 CANVAS = 32
 
 
-def load(name: str, train: int = 6000, test: int = 2000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def load(name: str, train: int = 5000, test: int = 2000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training inputs and labels, then test inputs and labels; always the same ones.
 
     The 1797 digits are split 1200 : 597 first, so nothing of a test image is seen in training.

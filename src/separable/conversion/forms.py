@@ -7,7 +7,6 @@ groups, P taps. A form writes it as a sum of products of smaller factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -112,6 +111,29 @@ def weights_per_position(form: Form, shape: Shape, rank: int) -> tuple[int, int]
     return groups * rank * inputs, groups * rank * (taps + outputs)
 
 
+def random_factors(form: Form, shape: Shape, rank: int) -> Factors:
+    """Factors of normal noise."""
+    parts: dict[str, Any] = {"lead": None, "last": None}
+    for name, size in _sizes(form, shape, rank).items():
+        parts[name] = torch.randn(size)
+    return Factors(form, **parts)
+
+
+def _sizes(form: Form, shape: Shape, rank: int) -> dict[str, tuple[int, ...]]:
+    groups, outputs, inputs, taps = shape
+    if form == "depthwise-pointwise":
+        return {"spatial": (groups, inputs, rank, taps), "last": (groups, outputs, inputs, rank)}
+    if form == "pointwise-depthwise":
+        return {"lead": (groups, outputs, rank, inputs), "spatial": (groups, outputs, rank, taps)}
+    if form == "low-rank":
+        return {"spatial": (groups, rank, inputs, taps), "last": (groups, outputs, rank)}
+    return {
+        "lead": (groups, rank, inputs),
+        "spatial": (groups, rank, taps),
+        "last": (groups, outputs, rank),
+    }
+
+
 def weight_only(weight: Tensor, form: Form, rank: int) -> Factors | None:
     """The closed-form factors nearest to a weight `[G, N, C, P]`, or None where there is no such.
 
@@ -132,14 +154,16 @@ def weight_only(weight: Tensor, form: Form, rank: int) -> Factors | None:
         return Factors(form, None, right.unflatten(2, (inputs, taps)), left)
     if rank >= inputs * min(outputs, taps):
         exact = weight_only(weight, "depthwise-pointwise", min(outputs, taps))
-        assert exact is not None and exact.last is not None
+        assert exact is not None
+        assert exact.last is not None
         terms = exact.spatial.shape[2]
         lead = torch.eye(inputs, dtype=weight.dtype, device=weight.device)
         lead = lead.repeat_interleave(terms, 0).expand(groups, -1, -1)
         return Factors(form, lead, exact.spatial.flatten(1, 2), exact.last.flatten(2))
     if rank >= outputs * min(inputs, taps):
         exact = weight_only(weight, "pointwise-depthwise", min(inputs, taps))
-        assert exact is not None and exact.lead is not None
+        assert exact is not None
+        assert exact.lead is not None
         terms = exact.spatial.shape[2]
         last = torch.eye(outputs, dtype=weight.dtype, device=weight.device)
         last = last.repeat_interleave(terms, 1).expand(groups, -1, -1)
@@ -154,17 +178,36 @@ def _truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[..., :rank] * root[..., None, :], root[..., :, None] * right[..., :rank, :]
 
 
-def _plain(conv: Conv) -> type[Conv]:
+def plain_class(conv: Conv) -> type[Conv]:
+    """The `nn.ConvNd` that a convolution is or derives from."""
     return next(base for base in CONVS if isinstance(conv, base))
+
+
+def like(conv: Conv, inputs: int, outputs: int, groups: int, bias: bool) -> Conv:
+    """A convolution with the geometry, class, dtype and device of another.
+
+    Raises:
+        TypeError: the class of `conv` is not built with `nn.ConvNd`'s arguments.
+    """
+    own = type(conv)
+    kind: Any = own if own.forward is not plain_class(conv).forward else plain_class(conv)
+    mode = {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
+    sizes: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    made = kind(inputs, outputs, *sizes, groups=groups, bias=bias, **mode)
+    return made.to(conv.weight.device, conv.weight.dtype)  # type: ignore[no-any-return]
 
 
 class SeparatedConv(nn.Sequential):
     """The convolutions that stand in the place of a dense one.
 
-    The children are plain `nn.ConvNd`s: `lead` and `last` are pointwise, `spatial` carries the
+    The children are `nn.ConvNd`s: `lead` and `last` are pointwise, `spatial` carries the
     original's kernel size, stride, padding, dilation and padding mode, and its class where that
-    was a subclass of `nn.ConvNd`. A leading pointwise convolution has no bias: the spatial one's
+    has a forward pass of its own. A leading pointwise convolution has no bias: the spatial one's
     zero padding would miss it.
+
+    Attributes:
+        form: the form.
+        shape: the sizes of the dense convolution.
     """
 
     form: Form
@@ -174,100 +217,100 @@ class SeparatedConv(nn.Sequential):
         """Show the form."""
         return f"form={self.form!r}"
 
+    @property
+    def spatial_conv(self) -> Conv:
+        """The child that carries the kernel."""
+        return self.spatial  # type: ignore[return-value]
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input, as of the dense convolution."""
+        return self.shape.groups * self.shape.inputs
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output, as of the dense convolution."""
+        return self.shape.groups * self.shape.outputs
+
 
 def separated(conv: Conv, factors: Factors, bias: Tensor | None) -> SeparatedConv:
-    """Build the module of a form in the place of `conv`, with its dtype and device.
+    """Build the module of a form in the place of `conv`, with its dtype, device and flags.
 
     Args:
-        conv: the dense convolution; its geometry and flags are taken over.
-        factors: the weights.
+        conv: the dense convolution.
+        factors: the weights, of any dtype.
         bias: the bias `[out_channels]`, or None.
 
     Returns:
         A module that maps the same inputs to the same output shape.
 
     Raises:
-        TypeError: `conv`'s class is not built with `nn.ConvNd`'s arguments.
+        TypeError: the class of `conv` is not built with `nn.ConvNd`'s arguments.
     """
     shape = Shape.of(conv)
-    plain = _plain(conv)
-    kind = plain if type(conv).__module__.startswith("torch.nn") else type(conv)
-    place = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    layers: dict[str, nn.Module] = {}
-    ones = (1,) * len(conv.kernel_size)
-
-    def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Module:
-        outputs, inputs = weight.shape[0], weight.shape[1] * shape.groups
-        layer = plain(
-            inputs, outputs, 1, groups=shape.groups, bias=bias is not None, **place  # type: ignore[arg-type]
-        )
-        return _filled(layer, weight.unflatten(1, (-1, *ones)), bias, conv)
-
-    channels = conv.in_channels
-    if factors.lead is not None:
-        lead = factors.lead.reshape(-1, shape.inputs)
-        layers["lead"] = pointwise(lead, None)
-        channels = len(lead)
-    if factors.form == "low-rank":
-        weight, groups = factors.spatial.flatten(0, 1), shape.groups
-    elif factors.form == "pointwise-depthwise":
-        weight, groups = factors.spatial.flatten(0, 1), conv.out_channels
-    else:
-        weight = factors.spatial.reshape(-1, 1, shape.taps)
-        groups = channels
-    mode = {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
-    own = bias if factors.last is None else None
-    spatial = kind(
-        channels,
-        len(weight),
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        groups=groups,
-        bias=own is not None,
-        **mode,  # type: ignore[arg-type]
-    ).to(**place)  # type: ignore[call-overload]
-    layers["spatial"] = _filled(spatial, weight.unflatten(2, conv.kernel_size), own, conv)
-    if factors.last is not None:
-        last = factors.last.flatten(0, 1).flatten(1)
-        layers["last"] = pointwise(last, bias)
+    plain = plain_class(conv)
     module = SeparatedConv()
-    for name, layer in layers.items():
-        module.add_module(name, layer)
     module.form, module.shape = factors.form, shape
+    ones = (1,) * len(conv.kernel_size)
+    channels = conv.in_channels
+
+    def pointwise(weight: Tensor, bias: Tensor | None) -> Conv:
+        inputs, outputs = weight.shape[1] * shape.groups, len(weight)
+        layer = plain(inputs, outputs, 1, groups=shape.groups, bias=bias is not None)
+        layer.to(conv.weight.device, conv.weight.dtype)
+        return _filled(layer, weight.reshape(*weight.shape, *ones), bias, conv)
+
+    if factors.lead is not None:
+        weight = factors.lead.reshape(-1, shape.inputs)
+        module.add_module("lead", pointwise(weight, None))
+        channels = len(weight)
+    groups = channels
+    weight = factors.spatial.reshape(-1, 1, shape.taps)
+    if factors.form == "low-rank":
+        groups, weight = shape.groups, factors.spatial.flatten(0, 1)
+    elif factors.form == "pointwise-depthwise":
+        groups, weight = conv.out_channels, factors.spatial.flatten(0, 1)
+    own = bias if factors.last is None else None
+    layer = like(conv, channels, len(weight), groups, own is not None)
+    weight = weight.reshape(*weight.shape[:2], *conv.kernel_size)
+    module.add_module("spatial", _filled(layer, weight, own, conv))
+    if factors.last is not None:
+        module.add_module("last", pointwise(factors.last.flatten(0, 1).flatten(1), bias))
     return module.train(conv.training)
 
 
 @torch.no_grad()
-def _filled(layer: Any, weight: Tensor, bias: Tensor | None, like: Conv) -> nn.Module:
+def _filled(layer: Conv, weight: Tensor, bias: Tensor | None, source: Conv) -> Conv:
     layer.weight.copy_(weight)
-    layer.weight.requires_grad_(like.weight.requires_grad)
-    if bias is not None:
+    layer.weight.requires_grad_(source.weight.requires_grad)
+    if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
-        layer.bias.requires_grad_((like.weight if like.bias is None else like.bias).requires_grad)
-    if len(like.kernel_size) == 2 and like.weight.is_contiguous(memory_format=torch.channels_last):
-        if not like.weight.is_contiguous():
-            layer.to(memory_format=torch.channels_last)
-    return layer  # type: ignore[no-any-return]
+        flag = source.weight if source.bias is None else source.bias
+        layer.bias.requires_grad_(flag.requires_grad)
+    plain_layout = source.weight.is_contiguous()
+    if not plain_layout and source.weight.dim() == 4:
+        layer.to(memory_format=torch.channels_last)
+    return layer
 
 
 def factors_of(module: SeparatedConv) -> Factors:
     """Read the factors back from a module that `separated` built."""
-    groups, outputs, inputs, taps = module.shape
-    layers = dict(module.named_children())
-    lead, spatial, last = (
-        layers[name].weight.detach() if name in layers else None  # type: ignore[union-attr, operator]
-        for name in ("lead", "spatial", "last")
-    )
-    shapes: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
-        "depthwise-pointwise": ((), (inputs, -1, taps), (outputs, inputs, -1)),
-        "pointwise-depthwise": ((outputs, -1, inputs), (outputs, -1, taps), ()),
-        "pointwise-depthwise-pointwise": ((-1, inputs), (-1, taps), (outputs, -1)),
-        "low-rank": ((), (-1, inputs, taps), (outputs, -1)),
-    }
-    parts = [
-        None if part is None else part.reshape(groups, *shape)
-        for part, shape in zip((lead, spatial, last), shapes[module.form], strict=True)
-    ]
-    return Factors(module.form, *parts)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {"lead": None, "last": None}
+    for name, size in _sizes(module.form, module.shape, -1).items():
+        weight = module.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        parts[name] = weight.detach().reshape(size)
+    return Factors(module.form, **parts)
+
+
+def merged(module: SeparatedConv) -> Conv:
+    """The dense convolution that computes what `module` computes."""
+    shape = module.shape
+    spatial = module.spatial_conv
+    tail = module.get_submodule("last") if hasattr(module, "last") else spatial
+    bias = tail.bias
+    dense = like(spatial, module.in_channels, module.out_channels, shape.groups, bias is not None)
+    weight = factors_of(module).to(torch.float64).dense().flatten(0, 1)
+    weight = weight.reshape(*weight.shape[:2], *spatial.kernel_size)
+    _filled(dense, weight, bias, spatial)  # type: ignore[arg-type]
+    return dense.train(module.training)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from .forms import Conv, Shape, _plain
+from .forms import Conv, Shape, like, plain_class
 
 
 @dataclass
@@ -104,27 +105,51 @@ class Moments:
         )
 
 
-def patches(conv: Conv, input: Tensor) -> Tensor:
-    """The patches that a convolution multiplies with its weight.
+def samples(
+    conv: Conv, input: Tensor, output: Tensor, most: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The patches that a convolution multiplies with its weight, and the outputs beside them.
 
     Args:
         conv: the convolution; its weight plays no part.
-        input: `[B, C, *spatial]`.
+        input: `[B, C, *spatial]` or `[C, *spatial]`.
+        output: `[B, N, *positions]` or without `B`.
+        most: positions to take of each input; more are drawn from, the same ones for all inputs.
+        seed: of the draw.
 
     Returns:
-        `[B, G, C / G × taps, positions]`, in the order of `weight.flatten(1)`.
+        Patches `[G, C / G × taps, samples]`, in the order of `weight.flatten(1)`, and outputs
+        `[G, N / G, samples]`.
     """
     dims = len(conv.kernel_size)
-    if type(conv) in (_plain(conv),) or type(conv).forward is _plain(conv).forward:
+    if input.dim() == dims + 1:
+        input, output = input[None], output[None]
+    places = math.prod(output.shape[2:])
+    chosen = torch.arange(places)
+    if places > most:
+        chosen = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[:most]
+    at: Any = torch.unravel_index(chosen.to(input.device), output.shape[2:])
+    if type(conv).forward is plain_class(conv).forward:
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         windows = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
         for dim in range(dims):
             reach = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1
             windows = windows.unfold(dim + 2, reach, conv.stride[dim])
             windows = windows[..., :: conv.dilation[dim]]
-        # [B, C, *positions, *kernel] to [B, C, *kernel, *positions]
-        order = (0, 1, *range(dims + 2, 2 * dims + 2), *range(2, dims + 2))
-        return windows.permute(order).reshape(
-            len(input), conv.groups, -1, math.prod(windows.shape[2 : dims + 2])
-        )
-    raise NotImplementedError
+        picked = windows[:, :, *at].flatten(3)  # [B, C, samples, taps]
+    else:
+        # a class of its own pads in its own way: let it copy its taps out
+        picked = _taps(conv, input)[:, :, :, *at].movedim(2, 3)
+    picked = picked.unflatten(1, (conv.groups, -1)).permute(1, 2, 4, 0, 3)
+    taken = output[:, :, *at].unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3)
+    return picked.flatten(3).flatten(1, 2), taken.flatten(2)
+
+
+def _taps(conv: Conv, input: Tensor) -> Tensor:
+    """The input under each tap, `[B, C, taps, *positions]`, by a convolution of `conv`'s class."""
+    taps = math.prod(conv.kernel_size)
+    copier = like(conv, conv.in_channels, conv.in_channels * taps, conv.in_channels, bias=False)
+    eye = torch.eye(taps, dtype=conv.weight.dtype, device=conv.weight.device)
+    with torch.no_grad():
+        copier.weight.copy_(eye.repeat(conv.in_channels, 1).view_as(copier.weight))
+        return copier(input).unflatten(1, (conv.in_channels, taps))  # type: ignore[no-any-return]

@@ -1,0 +1,246 @@
+"""Applying a plan: each layer fitted in execution order, then the batch-norm statistics."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from tqdm import tqdm
+
+from .fit import bias_of, fit, targets
+from .forms import Conv, Factors, SeparatedConv, Shape, grouped, separated
+from .moments import Moments
+from .plans import Plan, Row
+from .sites import (
+    Inputs,
+    collect,
+    convolutions,
+    divergence,
+    fisher,
+    frozen_copy,
+    replaced,
+    trace,
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    plan: Plan
+    error: float | None
+    """divergence of the outputs on the calibration inputs, measured: mean KL of logits, else
+    relative squared error; None without inputs"""
+    batch_norm: bool
+    """whether re-estimated batch-norm statistics lowered it and were kept"""
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.plan}\nfrom the weights alone; the error was not measured"
+        statistics = "re-estimated" if self.batch_norm else "kept"
+        return (
+            f"{self.plan}\nmeasured output error {self.error:.3g} on the calibration inputs, "
+            f"batch-norm statistics {statistics}"
+        )
+
+
+def apply(model: nn.Module, plan: Plan, calibration: Any, *, progress: bool = True) -> nn.Module:
+    """Convert a network as a plan says.
+
+    Layers are fitted one after the other in the order in which they run: each is given the
+    inputs that it gets in the network converted so far, and is to return what it returned in the
+    original. Under torch.distributed each process passes its own share of the calibration
+    inputs; their moments are summed, and all processes return the same weights.
+
+    Args:
+        model: the network the plan was made for; it is left as it was.
+        plan: the plan, which may have been edited.
+        calibration: an iterable of inputs, batches or (input, label) pairs; None fits the
+            weights alone, which costs much more accuracy.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A new model with the attribute `report`. Its train flags, data types, devices, memory
+        formats and requires_grad flags are the original's.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the plan is of another network, or the inputs are rejected or not finite.
+    """
+    original = frozen_copy(model)
+    _check_plan(original, plan)
+    inputs = None if calibration is None else Inputs(calibration, original)
+    if inputs is None:
+        warnings.warn(
+            "conversion without calibration inputs fits the weights alone and keeps the "
+            "batch-norm statistics: expect a large loss of accuracy; a few hundred unlabelled "
+            "inputs avoid it",
+            stacklevel=2,
+        )
+    converted, report = run(original, plan, inputs, None, progress)
+    for name, module in converted.named_modules():
+        with_flags = _source(model, name)
+        if with_flags is not None:
+            module.training = with_flags.training
+    converted.report = report  # type: ignore[assignment]
+    return converted
+
+
+def _source(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of a name, or of the converted convolution that holds it."""
+    while True:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            name = name.rpartition(".")[0]
+
+
+def run(
+    original: nn.Module,
+    plan: Plan,
+    inputs: Inputs | None,
+    slopes: dict[str, Tensor] | None,
+    progress: bool,
+) -> tuple[nn.Module, Report]:
+    """Apply a plan to a network in eval mode.
+
+    Args:
+        original: the network, in eval mode; left as it is.
+        plan: the plan.
+        inputs: calibration inputs, or None.
+        slopes: Fisher information per layer, where it was already computed.
+        progress: whether to show a progress bar.
+    """
+    converted = copy.deepcopy(original)
+    sites = {s.name: s for s in trace(original, None if inputs is None else inputs.first)}
+    changing = [row for row in plan.rows if row.form is not None]
+    if inputs is not None and slopes is None:
+        slopes = fisher(original, [sites[row.name] for row in changing], inputs, plan.seed)
+    # a layer's time grows with the part of both networks that runs before it
+    ends = _ends(plan)
+    with tqdm(total=sum(ends[r.name] for r in changing), unit="", disable=not progress) as bar:
+        for row in changing:
+            bar.set_description(f"fitting {row.name}", refresh=False)
+            site = sites[row.name]
+            moments = None
+            if inputs is not None:
+                if not site.calls:
+                    raise ValueError(
+                        f"layer `{row.name}` never runs on the `calibration` inputs; keep it "
+                        "dense with `plan.edited`"
+                    )
+                moments = collect(original, converted, site, inputs, plan.seed)
+                _warn_if_few(moments, row)
+            conv: Any = original.get_submodule(row.name)
+            fitted = fitted_module(conv, row, moments, (slopes or {}).get(row.name))
+            converted = replaced(converted, site.names, fitted)
+            bar.update(ends[row.name])
+    if inputs is None:
+        return converted, Report(plan, None, False)
+    error = divergence(converted, original, inputs)
+    renewed = _with_batch_norm(converted, inputs)
+    if renewed is not None:
+        other = divergence(renewed, original, inputs)
+        if other < error:
+            return renewed, Report(plan, other, True)
+    return converted, Report(plan, error, False)
+
+
+def fitted_module(
+    conv: Conv, row: Row, moments: Moments | None, slopes: Tensor | None
+) -> SeparatedConv:
+    """Fit a row's form to a layer's moments, group by group, and build its module."""
+    assert row.form is not None
+    goals = targets(grouped(conv.weight.detach(), conv.groups), moments, slopes)
+    parts = [fit(goal, row.form, row.rank) for goal in goals]
+    joined: list[Any] = [
+        None if part[0] is None else torch.cat(part)
+        for part in zip(*(factors[1:] for factors in parts), strict=True)
+    ]
+    factors = Factors(row.form, *joined)
+    bias = conv.bias if moments is None else bias_of(factors.dense(), moments)
+    return separated(conv, factors, bias)
+
+
+def _ends(plan: Plan) -> dict[str, float]:
+    """Multiply-adds of a network up to each layer, inclusive."""
+    total, result = 0.0, {}
+    for row in plan.rows:
+        total += row.macs_before
+        result[row.name] = total
+    return result
+
+
+def _check_plan(model: nn.Module, plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"`plan` (a {type(plan).__name__}) must be a Plan, as `plan()` returns it")
+    known = convolutions(model)
+    for row in plan.rows:
+        if row.name not in known:
+            raise ValueError(f"`plan` has the layer `{row.name}`, which `model` has not")
+        conv: Any = model.get_submodule(row.name)
+        if row.form is not None and Shape.of(conv) != row.shape:
+            raise ValueError(
+                f"`plan` was made for another shape of layer `{row.name}`: {row.shape}, "
+                f"not {Shape.of(conv)}"
+            )
+
+
+def _warn_if_few(moments: Moments, row: Row) -> None:
+    assert row.shape is not None
+    unknowns = row.shape.inputs * row.shape.taps
+    if moments.count < unknowns:
+        warnings.warn(
+            f"layer `{row.name}` has {unknowns} inputs per output but the calibration inputs "
+            f"show it only {moments.count:.0f} positions; more calibration inputs would help",
+            stacklevel=4,
+        )
+
+
+def _with_batch_norm(converted: nn.Module, inputs: Iterable[Tensor]) -> nn.Module | None:
+    """A copy whose batch-norm statistics are those of the inputs; None if it has none."""
+    result = copy.deepcopy(converted)
+    norms: list[Any] = [
+        module
+        for module in result.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and module.running_mean is not None
+    ]
+    if not norms:
+        return None
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # plain averages over the batches
+        norm.train()
+    batches = 0
+    with torch.no_grad():
+        for batch in inputs:
+            if len(batch) > 1:  # one input may leave a channel with one value and no variance
+                result(batch)
+                batches += 1
+    if not batches:
+        return None
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+        _average(norm, batches)
+    return result
+
+
+def _average(norm: Any, batches: int) -> None:
+    """Average the statistics of all processes, each by its number of batches."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    total = torch.tensor(float(batches), device=norm.running_mean.device)
+    dist.all_reduce(total)
+    for statistic in (norm.running_mean, norm.running_var):
+        statistic.mul_(batches / total)
+        dist.all_reduce(statistic)

@@ -1,0 +1,282 @@
+"""What can be done with each convolution, and the choice that costs least error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .fit import Target, curve, fit, targets
+from .forms import Form, exact_rank, grouped, weights_per_position
+from .plans import Row
+from .sites import Inputs, Site, fisher, survey, trace
+
+SURVEY_BYTES = 1.5e9
+"""memory for the moments of the layers that are surveyed in one pass"""
+ANCHOR_STEPS, ANCHOR_WORK = 15, 3e8
+"""optimiser steps of the one fit that sets the level of an error curve, and the multiply-adds a
+step beyond which a layer takes the usual level instead"""
+USUAL_LEVEL = {"depthwise-pointwise": 0.7, "pointwise-depthwise-pointwise": 0.5}
+"""error of a fit relative to its closed-form start, the median over the benchmark's layers"""
+
+
+class Option(NamedTuple):
+    """One thing that can be done with a layer."""
+
+    form: Form | None
+    """None keeps it dense"""
+    rank: int
+    error: float
+    macs: float
+    params: int
+
+
+class Candidates(NamedTuple):
+    """The layers of a network and what can be done with each."""
+
+    sites: list[Site]
+    options: dict[str, list[Option]]
+    """of the layers that may change, dense first"""
+    reasons: dict[str, str]
+    """why the others stay"""
+    fisher: dict[str, Tensor]
+
+
+def candidates(
+    original: nn.Module,
+    inputs: Inputs | None,
+    example: Tensor | None,
+    skip: tuple[str, ...],
+    forms: tuple[Form, ...],
+    seed: int,
+    share: float,
+    progress: bool,
+) -> Candidates:
+    """Find what can be done with each convolution, and what error to expect of it.
+
+    Args:
+        original: the network, in eval mode.
+        inputs: calibration inputs, or None for the plain norm of the weights.
+        example: an input for the shapes, or None.
+        skip: names or patterns of layers to keep.
+        forms: the forms to consider.
+        seed: of every draw.
+        share: fraction of the dense cost near which the errors should be most exact.
+        progress: whether to show a progress bar.
+    """
+    sites = trace(original, inputs.first if inputs is not None else example)
+    if not sites:
+        raise ValueError("`model` has no convolution to convert")
+    reasons = {
+        site.name: reason
+        for site in sites
+        if (reason := _stays(original, site, skip, inputs is not None or example is not None))
+    }
+    chosen = [site for site in sites if site.name not in reasons]
+    for site in chosen:
+        conv: Any = original.get_submodule(site.name)
+        if not conv.weight.isfinite().all():
+            raise ValueError(f"the weight of layer `{site.name}` holds NaN or infinity")
+    options: dict[str, list[Option]] = {}
+    slopes: dict[str, Tensor] = {}
+    with tqdm(total=2 * len(chosen), desc="planning", unit="layer", disable=not progress) as bar:
+        if inputs is not None and chosen:
+            slopes = fisher(original, chosen, inputs, seed)
+        for group in _fitting(chosen):
+            moments = survey(original, group, inputs, seed) if inputs is not None else {}
+            bar.update(len(group))
+            for site in group:
+                conv = original.get_submodule(site.name)
+                goals = targets(
+                    grouped(conv.weight.detach(), conv.groups),
+                    moments.pop(site.name, None),
+                    slopes.get(site.name),
+                )
+                options[site.name] = _options(site, goals, forms, share)
+                bar.update()
+    return Candidates(sites, options, reasons, slopes)
+
+
+def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) -> str:
+    """Why a layer stays dense, or nothing."""
+    if any(fnmatchcase(name, pattern) for name in site.names for pattern in skip):
+        return "skipped by name"
+    if site.shape is None:
+        return "transposed"
+    if traced and not site.calls:
+        return "never runs on the calibration inputs"
+    if site.shape.inputs == 1 and site.shape.groups > 1:
+        return "already depthwise"
+    return ""
+
+
+def _fitting(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Split layers into runs whose moments fit in memory together."""
+    group: list[Site] = []
+    size = 0.0
+    for site in sites:
+        assert site.shape is not None
+        need = 8.0 * site.shape.groups * (site.shape.inputs * site.shape.taps) ** 2
+        if group and size + need > SURVEY_BYTES:
+            yield group
+            group, size = [], 0.0
+        group.append(site)
+        size += need
+    if group:
+        yield group
+
+
+def cost(site: Site, form: Form | None, rank: int) -> tuple[float, int]:
+    """Multiply-adds per network input and weights of a layer in a form; None is dense."""
+    assert site.shape is not None
+    if form is None:
+        weights = math.prod(site.shape)
+        return weights * site.after, weights
+    lead, rest = weights_per_position(form, site.shape, rank)
+    return lead * site.before + rest * site.after, lead + rest
+
+
+def _options(
+    site: Site, goals: list[Target], forms: tuple[Form, ...], share: float
+) -> list[Option]:
+    assert site.shape is not None
+
+    # without an example input there are no positions, and the weights stand for the cost
+    def price(form: Form | None, rank: int) -> float:
+        macs, weights = cost(site, form, rank)
+        return macs if site.calls else float(weights)
+
+    dense = cost(site, None, 0)
+    found = [Option(None, 0, 0.0, *dense)]
+    for form in forms:
+        if (form == "low-rank") != (site.shape.taps == 1):
+            continue  # without taps, the separable forms have nothing to separate
+        most = min(exact_rank(form, site.shape), math.ceil(price(None, 0) / price(form, 1)) - 1)
+        if most < 1 or (
+            form == "pointwise-depthwise"
+            and len(forms) > 1
+            and _work(goals[0], form, 1) > ANCHOR_WORK
+        ):
+            continue  # fitting every output channel's own filters is slow, and seldom best
+        ratio = price(None, 0) / price(form, 1)
+        curves = [_levelled(goal, form, most, share, ratio) for goal in goals]
+        errors = torch.stack(curves).sum(0).tolist()
+        found += [
+            Option(form, rank, errors[rank - 1], *cost(site, form, rank))
+            for rank in range(1, most + 1)
+        ]
+    return found
+
+
+def _levelled(goal: Target, form: Form, most: int, share: float, ratio: float) -> Tensor:
+    """The predicted error at each rank: the closed-form curve, brought to the level of a fit."""
+    scale = goal.scale if goal.gram is not None else 1 / max(goal.norm(goal.weight), 1e-300)
+    errors = curve(goal, form, most)
+    anchor = max(1, min(most, round(share * ratio)))
+    if _work(goal, form, anchor) > ANCHOR_WORK:
+        errors = errors * USUAL_LEVEL.get(form, 1.0)
+    elif form != "low-rank":
+        reached = fit(goal, form, anchor, ANCHOR_STEPS).dense()[0]
+        level = goal.norm(reached - goal.weight) / max(float(errors[anchor - 1]), 1e-300)
+        errors = errors * min(level, 1.0)
+    return errors * scale
+
+
+def _work(goal: Target, form: Form, rank: int) -> float:
+    """Multiply-adds of an optimiser's step, about."""
+    outputs, inputs, taps = goal.weight.shape
+    terms = {"depthwise-pointwise": rank, "pointwise-depthwise": outputs}.get(form, rank)
+    return float(terms * (inputs * taps) ** 2)
+
+
+def choose(
+    options: dict[str, list[Option]], price: Callable[[str, Option], float], limit: float
+) -> dict[str, Option] | None:
+    """Pick an option per layer: the least summed error whose summed price is within a limit.
+
+    Minimises error + λ price for each layer and bisects λ (Everett 1963).
+
+    Returns:
+        The options, or None if even the cheapest ones exceed the limit.
+    """
+    priced = {
+        name: [(option, price(name, option)) for option in group] for name, group in options.items()
+    }
+
+    def best(weight: float) -> dict[str, tuple[Option, float]]:
+        return {
+            name: min(group, key=lambda pair: (pair[0].error + weight * pair[1], pair[1]))
+            for name, group in priced.items()
+        }
+
+    cheapest = {name: min(group, key=lambda pair: pair[1]) for name, group in priced.items()}
+
+    def total(picked: dict[str, tuple[Option, float]]) -> float:
+        return sum(price for _, price in picked.values())
+
+    if total(cheapest) > limit * (1 + 1e-12):
+        return None
+    low, high, picked = -80.0, 80.0, cheapest
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = best(math.exp(middle))
+        if total(found) <= limit * (1 + 1e-12):
+            high, picked = middle, found
+        else:
+            low = middle
+    return {name: option for name, (option, _) in _filled(priced, picked, limit).items()}
+
+
+def _filled(
+    priced: dict[str, list[tuple[Option, float]]],
+    picked: dict[str, tuple[Option, float]],
+    limit: float,
+) -> dict[str, tuple[Option, float]]:
+    """Spend what is left of the limit, on the step that lowers the error most per price."""
+    picked = dict(picked)
+    left = limit - sum(price for _, price in picked.values())
+    while True:
+        steps = [
+            ((now[0].error - option.error) / max(price - now[1], 1e-300), name, (option, price))
+            for name, now in picked.items()
+            for option, price in priced[name]
+            if option.error < now[0].error and price - now[1] <= left
+        ]
+        if not steps:
+            return picked
+        _, name, step = max(steps, key=lambda step: step[0])
+        left -= step[1] - picked[name][1]
+        picked[name] = step
+
+
+def rows(found: Candidates, picked: dict[str, Option]) -> tuple[Row, ...]:
+    """The rows of a plan, in the order in which the layers run."""
+    result = []
+    for site in found.sites:
+        before = (0.0, 0) if site.shape is None else cost(site, None, 0)
+        option = picked.get(site.name)
+        reason = found.reasons.get(site.name, "")
+        if option is None or option.form is None:
+            reason = reason or "no form is worth its error here"
+            option = Option(None, 0, 0.0, *before)
+        result.append(
+            Row(
+                name=site.name,
+                form=option.form,
+                rank=option.rank,
+                macs_before=before[0],
+                macs_after=option.macs,
+                params_before=before[1],
+                params_after=option.params,
+                error=option.error,
+                reason="" if option.form else reason,
+                positions=(site.before, site.after),
+                shape=site.shape,
+            )
+        )
+    return tuple(result)

@@ -1,0 +1,74 @@
+"""The conversion in one call, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .applying import apply
+from .forms import FORMS, Form, SeparatedConv, merged
+from .planning import plan
+from .sites import replaced
+
+
+def convert(
+    model: nn.Module,
+    calibration: Any,
+    budget: str,
+    *,
+    skip: Sequence[str] = (),
+    forms: Sequence[Form] = FORMS,
+    seed: int = 0,
+    compile: Callable[..., Callable[..., Any]] | None = None,
+    example: Tensor | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Turn a trained network of regular convolutions into one of separable ones.
+
+    `plan` followed by `apply`; see there for the arguments and the errors.
+
+    Returns:
+        A new model with the attribute `report`; the given one is left as it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU()).eval()
+        >>> inputs = torch.randn(64, 8, 12, 12)
+        >>> slim = convert(model, inputs, budget="macs=0.5", progress=False)
+        >>> slim.report.plan.macs <= 0.5
+        True
+    """
+    chosen = plan(
+        model,
+        calibration,
+        budget,
+        skip=skip,
+        forms=forms,
+        seed=seed,
+        compile=compile,
+        example=example,
+        progress=progress,
+    )
+    return apply(model, chosen, calibration, progress=progress)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every separable form of a converted network back into its dense convolution.
+
+    Args:
+        model: a converted network; it is left as it was.
+
+    Returns:
+        A new model that computes the same, up to rounding.
+    """
+    result = copy.deepcopy(model)
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in result.named_modules(remove_duplicate=False):
+        if isinstance(module, SeparatedConv):
+            found.setdefault(module, []).append(name)
+    for module, names in found.items():
+        assert isinstance(module, SeparatedConv)
+        result = replaced(result, names, merged(module))
+    return result

@@ -1,0 +1,348 @@
+"""Least squares in the metric of measured moments: the factors of a form nearest to a target.
+
+For a layer with target weight W, gram matrix A of its inputs and half metric S of its outputs,
+every fit minimises ‖S (X − W) A^½‖² over the weights X that have the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .forms import Factors, Form, Shape, exact_rank, weight_only
+from .moments import Moments
+
+RIDGE = 1e-4
+"""weight of the original in the target, relative to the mean variance of the inputs"""
+BLEND = 0.5
+"""share of the plain squared error in the metric of the outputs"""
+LEAST_STEPS, MOST_WORK = 12, 3e10
+"""steps of the optimiser that every fit may take, and multiply-adds to spend on more"""
+JITTER = 1e-9
+"""least eigenvalue of a gram matrix, relative to its mean one"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one group of a layer is fitted to, in float64."""
+
+    weight: Tensor
+    """W `[N, C, P]`"""
+    gram: Tensor | None
+    """A `[C × P, C × P]`, positive definite; None for the identity"""
+    half: Tensor | None = None
+    """S `[N, N]`, symmetric positive definite; None for the identity"""
+    scale: float = 1.0
+    """factor from squared error in this metric to the predicted divergence of the outputs"""
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the group."""
+        return Shape(1, *self.weight.shape)
+
+    def weighted(self, weight: Tensor) -> Tensor:
+        """S X `[N, C × P]` of a weight X."""
+        flat = weight.flatten(1)
+        return flat if self.half is None else self.half @ flat
+
+    def norm(self, weight: Tensor) -> float:
+        """‖S X A^½‖² of a weight X `[N, C, P]`."""
+        weighted = self.weighted(weight)
+        seen = weighted if self.gram is None else weighted @ self.gram
+        return float((seen * weighted).sum())
+
+
+def targets(weight: Tensor, moments: Moments | None, fisher: Tensor | None) -> list[Target]:
+    """The targets of each group of a layer.
+
+    W is the least-squares map from the inputs that the layer gets to the outputs it should have,
+    with a ridge towards the original weight W₀, so directions that the samples never show keep it:
+    W = W₀ + (S_yu − W₀ S_uu)(S_uu + λI)⁻¹.
+
+    Args:
+        weight: the original weight W₀ `[G, N, C, P]`.
+        moments: of the layer's inputs and wanted outputs; None for the plain norm of the weights.
+        fisher: summed outer products of the output's gradients per input `[G, N, N]`, or None.
+    """
+    result = []
+    for group, original in enumerate(weight.double()):
+        outputs, inputs, taps = original.shape
+        if moments is None:
+            result.append(Target(original, None))
+            continue
+        eye = torch.eye(inputs * taps, dtype=torch.float64, device=weight.device)
+        plain = moments.gram[group] / moments.count
+        level = float(plain.diagonal().mean()) or 1.0
+        gram = plain + RIDGE * level * eye
+        residual = moments.cross[group] / moments.count - original.flatten(1) @ plain
+        step = torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
+        fitted = original + step.view_as(original)
+        if fisher is None:
+            result.append(Target(fitted, gram))
+        else:
+            mean = float(fisher[group].diagonal().mean()) or 1.0
+            blend = torch.eye(outputs, dtype=torch.float64, device=weight.device) * mean
+            metric = (1 - BLEND) * fisher[group] + BLEND * blend
+            result.append(Target(fitted, gram, _root(metric)[0], 0.5))
+    return result
+
+
+def bias_of(dense: Tensor, moments: Moments) -> Tensor:
+    """The bias `[G × N]` that gives a weight `[G, N, C, P]` the wanted mean outputs."""
+    seen = torch.einsum("gnf,gf->gn", dense.flatten(2).to(moments.mean), moments.mean)
+    return (moments.target - seen).flatten()
+
+
+def fit(target: Target, form: Form, rank: int, steps: int = 100) -> Factors:
+    """The factors of a form and rank for one group, with a leading group dimension of 1.
+
+    Closed forms are taken where they are optimal: at a rank where the form is exact, and in the
+    plain norm of the weights. Elsewhere the optimiser takes at most `steps` steps.
+    """
+    if target.gram is None or rank >= exact_rank(form, target.shape):
+        closed = weight_only(target.weight[None], form, rank)
+        if closed is not None:
+            return closed
+    if form == "low-rank":
+        return _low_rank(target, rank)
+    if form == "pointwise-depthwise":
+        return _pointwise_depthwise(target, rank, steps)
+    return _variable_projection(target, form, rank, steps)
+
+
+def curve(target: Target, form: Form, most: int) -> Tensor:
+    """The error ‖S (X − W) A^½‖² at ranks 1 to `most`, from closed-form starts, `[most]`.
+
+    An upper bound that ranks layers and ranks against each other; `fit` comes out lower. The
+    filters of a start are nested, so one Cholesky factor serves all ranks: the energy that each
+    filter adds to the ones before it is a square in the solution of a triangular system.
+    """
+    white = _White.of(target, mix=form != "depthwise-pointwise")
+    energy = float(white.energy)
+    if form == "low-rank":
+        values = torch.linalg.svdvals(white.weighted @ _root(white.gram)[0])
+        explained = values.square().cumsum(0)[:most]
+    elif form == "pointwise-depthwise-pointwise":
+        problem = _Problem(white)
+        covariance, cross = problem.normal(_start(white, form, most))
+        explained = _explained(covariance, cross).cumsum(0)
+    else:
+        explained = torch.stack([energy - _start_error(white, form, k + 1) for k in range(most)])
+    errors: Tensor = (energy - explained).clamp_min(0).cummin(0).values
+    return errors
+
+
+@dataclass(frozen=True)
+class _White:
+    """A target in coordinates where its gram matrix is near the identity.
+
+    The gram matrix is close to a Kronecker product of a channel and a tap covariance; taking
+    their roots out leaves the optimiser a well-conditioned problem.
+    """
+
+    weight: Tensor
+    """`[N, C, P]`, before the metric of the outputs"""
+    weighted: Tensor
+    """`[N, C × P]`, in it"""
+    gram: Tensor
+    known: Tensor
+    """weighted × gram"""
+    half: Tensor | None
+    channels: Tensor
+    """from white channel factors back to the original ones"""
+    taps: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """The error of leaving the layer out."""
+        return (self.known * self.weighted).sum()
+
+    @classmethod
+    def of(cls, target: Target, mix: bool) -> _White:
+        """Whiten the taps, and the channels too where the form may mix them."""
+        _, inputs, taps = target.weight.shape
+        gram = target.gram
+        if gram is None:
+            gram = torch.eye(inputs * taps).to(target.weight)
+        blocks = gram.view(inputs, taps, inputs, taps)
+        root_c = back_c = torch.eye(inputs).to(target.weight)
+        if mix:
+            root_c, back_c = _root(torch.einsum("cpdp->cd", blocks) / taps)
+        root_p, back_p = _root(torch.einsum("cpcq->pq", blocks) / inputs)
+        blocks = torch.einsum("ac,cpdq->apdq", back_c, blocks)
+        blocks = torch.einsum("apdq,de->apeq", blocks, back_c)
+        blocks = torch.einsum("xp,apeq->axeq", back_p, blocks)
+        gram = torch.einsum("axeq,qy->axey", blocks, back_p).reshape(len(gram), -1)
+        weight = torch.einsum("ncp,cd,pq->ndq", target.weight, root_c, root_p)
+        weighted = target.weighted(weight)
+        return cls(weight, weighted, gram, weighted @ gram, target.half, back_c, back_p)
+
+
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and its inverse, of the matrix lifted to be positive definite."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(float(values[-1]) * JITTER or 1.0)
+    return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
+
+
+def _start(white: _White, form: Form, rank: int) -> tuple[Tensor, ...]:
+    """Closed-form first factors, the most important term first."""
+    outputs, inputs, taps = white.weight.shape
+    tensor = white.weighted.view(outputs, inputs, taps)
+    if form == "depthwise-pointwise":
+        blocks = white.gram.view(inputs, taps, inputs, taps).diagonal(dim1=0, dim2=2)
+        root, back = zip(*(_root(block) for block in blocks.permute(2, 0, 1)), strict=True)
+        seen = tensor.transpose(0, 1) @ torch.stack(root)
+        _, _, right = torch.linalg.svd(seen, full_matrices=False)
+        return (right[:, :rank] @ torch.stack(back),)
+    if form == "pointwise-depthwise":
+        left, values, right = torch.linalg.svd(white.weight, full_matrices=False)
+        lead = (left[:, :, :rank] * values[:, None, :rank]).mT
+        return lead.contiguous(), right[:, :rank].contiguous()
+    # pairs of principal channel and tap directions, by the energy on them
+    _, _, channel = torch.linalg.svd(tensor.transpose(1, 2).flatten(0, 1), full_matrices=False)
+    _, _, tap = torch.linalg.svd(tensor.flatten(0, 1), full_matrices=False)
+    energy = torch.einsum("ncp,ac,bp->abn", tensor, channel, tap).square().sum(2)
+    order = energy.flatten().argsort(descending=True, stable=True)[:rank]
+    return channel[order // len(tap)], tap[order % len(tap)]
+
+
+def _start_error(white: _White, form: Form, rank: int) -> Tensor:
+    parts = _start(white, form, rank)
+    if form == "pointwise-depthwise":
+        return _difference(white, *parts)
+    covariance, cross = _Problem(white).normal(parts)
+    return white.energy - _explained(covariance, cross).sum()
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The normal equations of the last pointwise convolution, given the filters before it."""
+
+    white: _White
+
+    def normal(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Covariance `[R, R]` of the filters' outputs and cross-covariance `[N, R]` with y."""
+        outputs, inputs, taps = self.white.weight.shape
+        if len(parts) == 2:
+            lead, spatial = (_unit(part) for part in parts)
+            filters = torch.einsum("rc,rp->cpr", lead, spatial).flatten(0, 1)
+            return filters.mT @ (self.white.gram @ filters), self.white.known @ filters
+        spatial = _unit(parts[0])  # [C, T, P]
+        blocks = self.white.gram.view(inputs, taps, inputs, taps)
+        right = torch.einsum("cpeq,euq->cpeu", blocks, spatial)
+        covariance = torch.einsum("ctp,cpeu->cteu", spatial, right).flatten(2).flatten(0, 1)
+        cross = torch.einsum("ncp,ctp->nct", self.white.known.view(outputs, inputs, taps), spatial)
+        return covariance, cross.flatten(1)
+
+
+def _unit(part: Tensor) -> Tensor:
+    norms = part.norm(dim=-1, keepdim=True)
+    return part / torch.where(norms > 0, norms, 1.0)
+
+
+def _explained(covariance: Tensor, cross: Tensor) -> Tensor:
+    """The energy that each filter adds to what the ones before it explain, `[R]`."""
+    solved = torch.linalg.solve_triangular(_lifted(covariance), cross.mT, upper=False)
+    energies: Tensor = solved.square().sum(1)
+    return energies
+
+
+def _lifted(covariance: Tensor) -> Tensor:
+    """Cholesky factor of a covariance, lifted against terms that diverge and cancel."""
+    lift = 1e-7 * covariance.diagonal().mean().detach() + 1e-300
+    lifted = covariance + lift * torch.eye(len(covariance)).to(covariance)
+    factor: Tensor = torch.linalg.cholesky(lifted)
+    return factor
+
+
+def _variable_projection(target: Target, form: Form, rank: int, steps: int) -> Factors:
+    """Fit a form that ends in a pointwise convolution.
+
+    For given filters the last convolution has a closed form, so the error is a function of the
+    filters alone (variable projection, Golub and Pereyra 1973), and L-BFGS minimises it. No term
+    ever has to follow another that it cancels with, which is what makes alternating least squares
+    on this model slow and its terms diverge (Phan et al. 2020).
+    """
+    white = _White.of(target, mix=form != "depthwise-pointwise")
+    problem = _Problem(white)
+    energy = white.energy
+
+    def loss(*parts: Tensor) -> Tensor:
+        covariance, cross = problem.normal(parts)
+        return 1 - _explained(covariance, cross).sum() / energy
+
+    parts = _start(white, form, rank)
+    if energy > 0:
+        work = rank * len(white.gram) ** 2
+        parts = _minimise(loss, parts, work, steps)
+    covariance, cross = problem.normal(parts)
+    last = torch.cholesky_solve(cross.mT, _lifted(covariance)).mT
+    if target.half is not None:
+        last = torch.linalg.solve(target.half, last)
+    if form == "depthwise-pointwise":
+        spatial = _unit(parts[0]) @ white.taps
+        return Factors(form, None, spatial[None], last.reshape(1, -1, *spatial.shape[:2]))
+    lead, spatial = _unit(parts[0]) @ white.channels, _unit(parts[1]) @ white.taps
+    return Factors(form, lead[None], spatial[None], last[None])
+
+
+def _difference(white: _White, lead: Tensor, spatial: Tensor) -> Tensor:
+    gap = torch.einsum("ntc,ntp->ncp", lead, spatial).flatten(1) - white.weight.flatten(1)
+    if white.half is not None:
+        gap = white.half @ gap
+    return ((gap @ white.gram) * gap).sum()
+
+
+def _pointwise_depthwise(target: Target, rank: int, steps: int) -> Factors:
+    """Fit the form that ends in a depthwise convolution, with L-BFGS on both factors."""
+    white = _White.of(target, mix=True)
+    energy = white.energy
+    parts = _start(white, "pointwise-depthwise", rank)
+    if energy > 0:
+        work = len(white.weight) * len(white.gram) ** 2
+        parts = _minimise(lambda *now: _difference(white, *now) / energy, parts, work, steps)
+    lead, spatial = parts[0] @ white.channels, parts[1] @ white.taps
+    return Factors("pointwise-depthwise", lead[None], spatial[None], None)
+
+
+def _low_rank(target: Target, rank: int) -> Factors:
+    """Reduced-rank regression (Izenman 1975): a truncated SVD in the two metrics."""
+    assert target.gram is not None
+    root, back = _root(target.gram)
+    left, values, right = torch.linalg.svd(target.weighted(target.weight) @ root)
+    last, spatial = left[:, :rank] * values[:rank], right[:rank] @ back
+    if target.half is not None:
+        last = torch.linalg.solve(target.half, last)
+    shape = target.weight.shape
+    return Factors("low-rank", None, spatial.view(1, rank, *shape[1:]), last[None])
+
+
+def _minimise(
+    loss: Callable[..., Tensor], parts: tuple[Tensor, ...], work: float, most: int
+) -> tuple[Tensor, ...]:
+    """L-BFGS from a start, for at most `most` steps, fewer where a step is much `work` (MACs)."""
+    steps = int(min(most, max(LEAST_STEPS, MOST_WORK / work)))
+    parts = tuple(part.detach().clone().requires_grad_() for part in parts)
+    optimiser = torch.optim.LBFGS(
+        parts,
+        max_iter=steps,
+        max_eval=2 * steps,
+        history_size=20,
+        tolerance_grad=0,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        with torch.enable_grad():
+            value = loss(*parts)
+            for part, slope in zip(parts, torch.autograd.grad(value, parts), strict=True):
+                part.grad = slope.contiguous()
+        return float(value.detach())
+
+    optimiser.step(closure)
+    return tuple(part.detach() for part in parts)

@@ -1,0 +1,293 @@
+"""Planning: from a model, calibration inputs and a budget to a plan."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..cost import measure, measure_interleaved
+from .applying import run
+from .choosing import Candidates, Option, candidates, choose, rows
+from .forms import FORMS, Conv, Form, Shape, random_factors, separated
+from .plans import Budget, Plan
+from .sites import Inputs, frozen_copy, replaced, trace
+
+TRIALS = 6
+"""whole networks that are converted or timed to meet a measured budget"""
+RANK_STEPS = 12
+"""ranks per form and layer that are timed"""
+
+
+def plan(
+    model: nn.Module,
+    calibration: Any,
+    budget: str,
+    *,
+    skip: Sequence[str] = (),
+    forms: Sequence[Form] = FORMS,
+    seed: int = 0,
+    compile: Callable[..., Callable[..., Any]] | None = None,
+    example: Tensor | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Choose a form and rank for each convolution of a trained network.
+
+    Each layer's error at each rank comes from the moments of its own inputs and the Fisher
+    information of its outputs, which makes errors of different layers comparable; the choice
+    minimises their sum within the budget, by its Lagrangian.
+
+    Args:
+        model: the network; it is left as it was.
+        calibration: an iterable of inputs, batches or (input, label) pairs, without use of the
+            labels. None plans from the weights alone.
+        budget: "macs=0.25" or "params=0.25", at most that share of the convolutions';
+            "latency=0.4", at most that share of the network's time; "error=0.01", the least
+            multiply-adds at that mean KL divergence of the logits, or relative squared error of
+            other outputs, on the calibration inputs.
+        skip: names of layers to keep dense, or shell patterns of names.
+        forms: the forms to choose from.
+        seed: of every draw.
+        compile: for "latency", turns a model and an example input into what is timed; None
+            times it in eager mode.
+        example: an input batch for shapes and timing, where `calibration` is None; the first
+            calibration batch's first input where left out.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The plan. Print it for a table.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: there is nothing to convert, the budget cannot be met, the model rejects the
+            inputs, or weights or activations are not finite.
+    """
+    goal = Budget.parse(budget)
+    original = frozen_copy(model)
+    inputs = None if calibration is None else Inputs(calibration, original)
+    if example is None and inputs is not None:
+        example = inputs.first[:1]
+    if example is None and goal.quantity != "params":
+        raise ValueError(
+            f"`budget` (={budget!r}) without `calibration` needs `example`, an input batch that "
+            "tells the sizes of the layers; or use 'params='"
+        )
+    if inputs is None and goal.quantity == "error":
+        raise ValueError(f"`budget` (={budget!r}) is measured and needs `calibration`")
+    share = 0.25 if goal.quantity == "error" else goal.limit
+    found = candidates(
+        original, inputs, example, tuple(skip), _checked_forms(forms), seed, share, progress
+    )
+    if not found.options:
+        reasons = ", ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
+        raise ValueError(f"`model` has no convolution to convert ({reasons})")
+    task = _Task(original, found, goal, seed, progress)
+    if goal.quantity == "error":
+        assert inputs is not None
+        return _for_error(task, inputs)
+    if goal.quantity == "latency":
+        assert example is not None
+        return _for_latency(task, example, compile or (lambda model, _: model))
+    return task.within(goal.limit)
+
+
+class _Task(NamedTuple):
+    """One search for a plan."""
+
+    original: nn.Module
+    found: Candidates
+    goal: Budget
+    seed: int
+    progress: bool
+
+    def plan(self, picked: dict[str, Option]) -> Plan:
+        return Plan(rows(self.found, picked), str(self.goal), self.seed)
+
+    def within(self, share: float, quantity: str | None = None) -> Plan:
+        """The plan of least error within a share of the convolutions' MACs or weights."""
+        by = quantity or self.goal.quantity
+        dense = self.plan({})
+        if by == "macs":
+            whole = sum(row.macs_before for row in dense.rows)
+        else:
+            whole = float(sum(row.params_before for row in dense.rows))
+
+        def price(_: str, option: Option) -> float:
+            return option.macs if by == "macs" else float(option.params)
+
+        free = {name: price(name, group[0]) for name, group in self.found.options.items()}
+        fixed = whole - sum(free.values())
+        picked = choose(self.found.options, price, share * whole - fixed)
+        if picked is None:
+            least = fixed + sum(
+                min(price(name, option) for option in group)
+                for name, group in self.found.options.items()
+            )
+            raise _unmet(self.goal, f"{by}={math.ceil(1e4 * least / whole) / 1e4:g}")
+        return self.plan(picked)
+
+
+def _unmet(goal: Budget, nearest: str) -> ValueError:
+    return ValueError(
+        f"`budget` (='{goal}') cannot be met; the nearest one that can be is '{nearest}'"
+    )
+
+
+def _for_error(task: _Task, inputs: Inputs) -> Plan:
+    """The cheapest plan whose measured error is within the limit.
+
+    The predicted error of a plan falls with its share of MACs, and the measured one follows it
+    closely enough to bisect on the share's logarithm.
+    """
+    kept = task.plan({})
+    best, low, high = kept, math.log(1e-3), 0.0
+    for _ in range(TRIALS):
+        middle = (low + high) / 2
+        try:
+            tried = task.within(math.exp(middle), "macs")
+        except ValueError:
+            low = middle
+            continue
+        _, report = run(task.original, tried, inputs, task.found.fisher, task.progress)
+        assert report.error is not None
+        if report.error <= task.goal.limit:
+            best, high = tried, middle
+        else:
+            low = middle
+    return best
+
+
+def _for_latency(task: _Task, example: Tensor, compile: Callable[..., Callable[..., Any]]) -> Plan:
+    """The plan of least error whose network, timed as a whole, is within the limit.
+
+    Layers are timed alone to choose among their options; the sum misses what happens between
+    them, so the network that comes out is timed against the original, and the limit that the
+    layers must meet is corrected by what was off, for a few rounds.
+    """
+    seconds = _timed(task, example, compile)
+    offered = {
+        name: [option for option in group if (name, option) in seconds]
+        for name, group in task.found.options.items()
+    }
+    dense = {name: seconds[name, group[0]] for name, group in offered.items()}
+    reference = compile(task.original, example)
+    whole = float(measure(reference, example).median)
+    fixed = max(whole - sum(dense.values()), 0.0)
+    limit, best, nearest = task.goal.limit, None, 1.0
+
+    def price(name: str, option: Option) -> float:
+        return seconds[name, option]
+
+    for _ in range(TRIALS):
+        picked = choose(offered, price, limit * whole - fixed)
+        if picked is None:
+            floor = {
+                name: min(group, key=lambda o: price(name, o)) for name, group in offered.items()
+            }
+            picked = floor
+        trial = compile(_mock(task, picked), example)
+        before, after = measure_interleaved([reference, trial], example)
+        reached = float(after.median / before.median)
+        nearest = min(nearest, reached)
+        if reached <= task.goal.limit:
+            plan = dataclasses.replace(
+                _with_times(task.plan(picked), picked, seconds, dense),
+                seconds_before=float(before.median),
+                seconds_after=float(after.median),
+            )
+            if best is None or plan.error < best.error:
+                best = plan
+            if reached > 0.93 * task.goal.limit:
+                break
+        limit *= 0.97 * task.goal.limit / reached
+    if best is None:
+        raise _unmet(task.goal, f"latency={math.ceil(100 * nearest) / 100:g}")
+    return best
+
+
+def _timed(
+    task: _Task, example: Tensor, compile: Callable[..., Callable[..., Any]]
+) -> dict[tuple[str, Option], float]:
+    """Seconds of each layer alone, for a ladder of ranks of each form."""
+    known: dict[Any, float] = {}
+    seconds: dict[tuple[str, Option], float] = {}
+    sites = {site.name: site for site in trace(task.original, example)}
+    offered = {name: list(_ladder(group)) for name, group in task.found.options.items()}
+    count = sum(map(len, offered.values()))
+    with tqdm(total=count, desc="timing", unit="option", disable=not task.progress) as bar:
+        for name, group in offered.items():
+            site = sites[name]
+            conv: Any = task.original.get_submodule(name)
+            for option in group:
+                geometry = (conv.extra_repr(), type(conv), site.input_size)
+                key = (geometry, option.form, option.rank)
+                if key not in known:
+                    module = _stand_in(conv, option)
+                    input = torch.randn(site.input_size).to(conv.weight)
+                    known[key] = float(
+                        measure(compile(module, input), input, repeats=5, min_seconds=0.05).median
+                    )
+                seconds[name, option] = known[key] * site.calls
+                bar.update()
+    return seconds
+
+
+def _ladder(group: list[Option]) -> Iterator[Option]:
+    """The dense option, and of each form a geometric ladder of ranks."""
+    yield group[0]
+    for form in FORMS:
+        ranks = [option for option in group if option.form == form]
+        steps = torch.logspace(0, math.log10(max(len(ranks), 1)), RANK_STEPS).round().int().tolist()
+        for rank in sorted(set(steps)):
+            if rank <= len(ranks):
+                yield ranks[rank - 1]
+
+
+def _stand_in(conv: Conv, option: Option) -> nn.Module:
+    """A module of an option's form and rank, with noise for weights."""
+    if option.form is None:
+        return conv
+    return separated(conv, random_factors(option.form, Shape.of(conv), option.rank), conv.bias)
+
+
+def _mock(task: _Task, picked: dict[str, Option]) -> nn.Module:
+    """The network that a choice leads to, with noise for weights: it takes the same time."""
+    network = copy.deepcopy(task.original)
+    sites = {site.name: site for site in task.found.sites}
+    for name, option in picked.items():
+        if option.form is not None:
+            conv: Any = task.original.get_submodule(name)
+            network = replaced(network, sites[name].names, _stand_in(conv, option))
+    return network
+
+
+def _with_times(
+    plan: Plan,
+    picked: dict[str, Option],
+    seconds: dict[tuple[str, Option], float],
+    dense: dict[str, float],
+) -> Plan:
+    timed = tuple(
+        dataclasses.replace(
+            row, seconds_before=dense[row.name], seconds_after=seconds[row.name, picked[row.name]]
+        )
+        if row.name in picked
+        else row
+        for row in plan.rows
+    )
+    return dataclasses.replace(plan, rows=timed)
+
+
+def _checked_forms(forms: Sequence[Form]) -> tuple[Form, ...]:
+    for form in forms:
+        if form not in FORMS:
+            raise ValueError(f"`forms` (={form!r}) must be among {', '.join(FORMS)}")
+    if not forms or isinstance(forms, str):
+        raise ValueError(f"`forms` (={forms!r}) must be a sequence of forms: {', '.join(FORMS)}")
+    return tuple(forms)
