@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
+from .untouched import train_flags, untouched
 
 
 def measure(
     model: Callable[..., Any],
     inputs: Any = None,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: Sizes | None = None,
     kwargs: Mapping[str, Any] | None = None,
     repeats: int = 20,
     min_seconds: float = 1.0,
@@ -36,14 +38,14 @@ def measure(
 ) -> Measurement:
     """Measure latency and peak memory of a forward pass.
 
-    The pass runs in eval mode, without gradients. Afterwards the model is as it was: train flags,
-    buffers, hooks and the state of the random generators, also after an exception.
+    The pass runs in eval mode, without gradients. Afterwards the model and the random state are as
+    before, also when the model raises.
 
     Args:
         model: any callable: an `nn.Module`, a compiled one, a function.
         inputs: its input tensor, or a tuple or list of its positional arguments.
-        input_size: in place of `inputs`, the size of one input tensor with the batch; normal noise
-            in the dtype and on the device of the model's parameters.
+        input_size: in place of `inputs`, the shape of the input with its batch, or a list of shapes
+            for several; normal noise in the dtype and on the device of the model's parameters.
         kwargs: keyword arguments of the call.
         repeats: number of times to take.
         min_seconds: least time to spend on the repeats together, in seconds. Each repeat is the
@@ -57,10 +59,10 @@ def measure(
         The measurement. Printing it draws a table.
 
     Raises:
-        TypeError: `model` is not callable.
-        ValueError: an argument is out of its range, neither or both of `inputs` and `input_size`
-            are given, the tensors are on the meta device, or `per_layer` is asked of a callable
-            whose modules do not run one by one.
+        TypeError: `model` is not callable, or neither or both of `inputs` and `input_size` are
+            given.
+        ValueError: an argument is out of its range, the tensors are on the meta device, or
+            `per_layer` is asked of a callable whose modules do not run one by one.
     """
     (measurement,) = measure_interleaved(
         [model],
@@ -80,7 +82,7 @@ def measure_interleaved(
     models: Sequence[Callable[..., Any]],
     inputs: Any = None,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: Sizes | None = None,
     kwargs: Mapping[str, Any] | None = None,
     repeats: int = 20,
     min_seconds: float = 1.0,
@@ -108,8 +110,8 @@ def measure_interleaved(
         One measurement per callable, in their order.
 
     Raises:
-        TypeError: a model is not callable.
-        ValueError: as for `measure`.
+        TypeError: as for `measure`, like the next.
+        ValueError: an argument is out of its range.
     """
     for model in models:
         if not callable(model):
@@ -123,22 +125,23 @@ def measure_interleaved(
         raise ValueError(f"`min_seconds` (={min_seconds}) must not be negative")
     from torch.utils import benchmark  # not above: it loads setuptools and looks for compilers
 
-    args = _positional(models[0], inputs, input_size)
-    tensors = [_tensors(model, args, kwargs) for model in models]
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    given = make_inputs(modules[0] if modules else None, input_size, inputs=inputs, kwargs=kwargs)
+    tensors = [_tensors(model, given) for model in models]
     devices = [_device(each) for each in tensors]
 
     with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(_at_rest(model))
-        stack.enter_context(torch.random.fork_rng({d for d in devices if d.type == "cuda"}))
+        for module in modules:
+            stack.enter_context(untouched(module, values=True))
+            stack.enter_context(train_flags(module, False))
         # inference_mode would leave inference tensors in the caches that models keep, which a
         # later backward pass refuses, and makes torch.compile compile anew
         stack.enter_context(torch.no_grad())
         threads = torch.get_num_threads() if threads is None else threads
         stack.enter_context(benchmark.set_torch_threads(threads))
         # a model that writes to its input writes to a copy
-        args, options = tree_map_only(Tensor, torch.clone, (args, dict(kwargs or {})))
-        calls = [partial(model, *args, **options) for model in models]
+        given = given.map(torch.clone)
+        calls = [partial(model, *given.args, **given.kwargs) for model in models]
         for call in calls:
             for _ in range(warmup):
                 call()
@@ -282,48 +285,11 @@ def _layer_times(
     )
 
 
-@contextmanager
-def _at_rest(model: Callable[..., Any]) -> Iterator[None]:
-    """Hold a module in eval mode, then give it back its train flags and buffers."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [(module, module.training) for module in modules]
-    buffers = [
-        (module._buffers, dict(module._buffers))
-        for module in modules
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    values = [(b, b.clone()) for module in modules for b in module.buffers(recurse=False)]
-    try:
-        for module in modules:
-            module.training = False  # train() may be overridden, to fold weights for instance
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for present, kept in buffers:
-            present.clear()
-            present.update(kept)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _positional(model: Any, inputs: Any, input_size: Sequence[int] | None) -> tuple[Any, ...]:
-    if (inputs is None) == (input_size is None):
-        raise ValueError("give one of `inputs` and `input_size`, and not both")
-    if inputs is not None:
-        return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    like = next((p for p in parameters if p.is_floating_point()), torch.empty(()))
-    noise = torch.randn(tuple(input_size or ()), generator=torch.Generator().manual_seed(0))
-    return (noise.to(like),)
-
-
-def _tensors(model: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors(model: Any, given: Inputs) -> list[Tensor]:
     """Return the tensors of the model, then those of the inputs."""
     own = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return own + [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    leaves = tree_leaves((given.args, dict(given.kwargs)))
+    return own + [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
