@@ -310,6 +310,16 @@ def test_several_inputs_keywords_and_functions():
         measure(weighted, (X, X), **QUICK)
 
 
+def test_a_tensor_that_is_given_twice_stays_one():
+    """Attention takes another path where query, key and value are one."""
+
+    def attention(query, key):
+        assert query is key
+        return query
+
+    measure(attention, (X, X), **QUICK)
+
+
 def test_input_size_makes_noise_in_the_dtype_of_the_model():
     seen = []
 

@@ -204,8 +204,7 @@ def _peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     with _quiet_kineto(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = call()
-    del result  # held until here, or its release could come before the end of the profile
+        call()
     assert profile.kineto_results is not None
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
