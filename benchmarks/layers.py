@@ -45,7 +45,15 @@ def main() -> None:
     args = parser.parse_args()
 
     table = PrettyTable(
-        ["Layer", "Input", "MACs", "Traffic", "Latency (ms)", "Speed-up (quartiles)", "Promise kept"]
+        [
+            "Layer",
+            "Input",
+            "MACs",
+            "Traffic",
+            "Latency (ms)",
+            "Speed-up (quartiles)",
+            "Promise kept",
+        ]
     )
     table.align = "r"
     table.align["Layer"] = "l"

@@ -3,20 +3,26 @@
 from .account import Account, Cost, Row
 from .comparison import Comparison, compare
 from .counting import count, total_learnables
-from .formulas import Operation, formula
-from .measurement import LayerTime, Measurement
+from .crosschecking import Crosscheck, Difference, Opinion, crosscheck
+from .measurement import LayerTime, Measurement, Ratio
 from .measuring import measure, measure_interleaved
+from .operation import Operation, formula
 
 __all__ = [
     "Account",
     "Comparison",
     "Cost",
+    "Crosscheck",
+    "Difference",
     "LayerTime",
     "Measurement",
     "Operation",
+    "Opinion",
+    "Ratio",
     "Row",
     "compare",
     "count",
+    "crosscheck",
     "formula",
     "measure",
     "measure_interleaved",

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from prettytable import PrettyTable
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .account import Account, Cost, Row
-from .formulas import FIRST_RESULT_ONLY, VIEWS, Margins, Operation, find_formula, operator_name
 from .inputs import DTypes, Inputs, Sizes, make_inputs, model_device
 from .untouched import held_tensors, plain_operators, train_flags, untouched
+from .walk import Unbatched, Walk, tensors_in
 
 
 def count(
@@ -76,11 +66,15 @@ def count(
         NotImplementedError: `strict`, and an operator has no formula.
         Exception: what the model itself raises on these inputs.
     """
-    model = _plain(model)
-    given = make_inputs(
-        model, input_size, inputs=inputs, kwargs=kwargs, dtypes=dtypes, device=_place(model, device)
-    )
-    walk = _count_operators(model, given, backward, training, from_size=input_size is not None)
+    model = unwrap(model)
+
+    def draw() -> Inputs:
+        place = _place(model, device)
+        return make_inputs(
+            model, input_size, inputs=inputs, kwargs=kwargs, dtypes=dtypes, device=place
+        )
+
+    walk = _count_operators(model, draw, backward, training, from_size=input_size is not None)
     if strict and walk.unknown:
         raise NotImplementedError(
             f"no formula for {', '.join(sorted(walk.unknown))}; add one with "
@@ -109,8 +103,8 @@ def total_learnables(model: nn.Module) -> tuple[int, PrettyTable]:
     return total, table
 
 
-def _plain(model: Any) -> nn.Module:
-    """The model to run: not its compiled or data-parallel wrapper."""
+def unwrap(model: Any) -> nn.Module:
+    """The module that a compiled or data-parallel one wraps; raises where it can't be counted."""
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -144,10 +138,15 @@ def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
 
 
 def _count_operators(
-    model: nn.Module, given: Inputs, backward: bool, training: bool | None, *, from_size: bool
-) -> _Walk:
-    def run(fake: FakeTensorMode | None) -> _Walk:
-        walk = _Walk(model, fake, reject_unbatched=from_size)
+    model: nn.Module,
+    draw: Callable[[], Inputs],
+    backward: bool,
+    training: bool | None,
+    *,
+    from_size: bool,
+) -> Walk:
+    def run(fake: FakeTensorMode | None) -> Walk:
+        walk = Walk(model, fake, reject_unbatched=from_size)
         with ExitStack() as stack:
             stack.enter_context(untouched(model, held_tensors(model) if fake is None else ()))
             stack.enter_context(train_flags(model, training))
@@ -155,277 +154,32 @@ def _count_operators(
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(backward))
             if fake is not None:
-                args = given.map(fake.from_tensor)
-                stack.enter_context(fake)
+                stack.enter_context(fake)  # what is drawn then has no values
+                walk.run(draw().map(fake.from_tensor))
             else:
-                args = given.map(lambda tensor: tensor.clone())
-            walk.run(args)
+                walk.run(draw().map(torch.clone))
         return walk
+
+    with FakeTensorMode():
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(draw().args)]
 
     try:
         if any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers())):
             return run(None)
         try:
             return run(FakeTensorMode(allow_non_fake_inputs=True))
-        except _Unbatched:
+        except Unbatched:
             raise
         except Exception:
             # control flow on values, a missing shape rule, or an error of the model: run and see
             return run(None)
     except Exception as error:
-        if not isinstance(error, _Unbatched):
-            shapes = [tuple(leaf.shape) for leaf in _tensors((given.args, given.kwargs))]
+        if not isinstance(error, Unbatched):
             error.add_note(f"raised by the model while counted on inputs of shape {shapes}")
         raise
 
 
-class _Unbatched(ValueError):
-    """An `input_size` without its batch."""
-
-
-class _Walk(TorchDispatchMode):
-    """Runs a model and records the cost of every operator under the module that calls it."""
-
-    def __init__(
-        self, model: nn.Module, fake: FakeTensorMode | None, *, reject_unbatched: bool
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
-        self.fake = fake
-        self.reject_unbatched = reject_unbatched
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.stack: list[str] = [""]
-        self.own: dict[str, Cost] = defaultdict(Cost)
-        self.calls: dict[str, int] = {}  # in the order of the first call
-        self.output_shape: dict[str, tuple[int, ...] | None] = {}
-        self.unknown: set[str] = set()
-        self.activations = _Activations()
-        self.saved: dict[int, int] = {}
-        self.margins: dict[int, tuple[tuple[int, ...], Margins]] = {}
-
-    def run(self, inputs: Inputs) -> None:
-        """Run the model on inputs, its forward included, and record."""
-        tensors = _tensors((inputs.args, inputs.kwargs))
-        self.input_shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        self.inputs = {id(tensor) for tensor in tensors}
-        for tensor in tensors:
-            self.activations.make(tensor)
-        with self._follow_modules(), saved_tensors_hooks(self._save, lambda tensor: tensor), self:
-            output = self.model(*inputs.args, **inputs.kwargs)
-        results = _tensors(output)
-        self.output_shapes = tuple(tuple(tensor.shape) for tensor in results)
-        self.activations.keep(results)
-
-    @contextmanager
-    def _follow_modules(self) -> Iterator[None]:
-        # torch's global hooks leave the model's own alone; compiled modules warn of them
-        with (
-            warnings.catch_warnings(),
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ):
-            warnings.filterwarnings("ignore", message="Using `torch.compile.*global hooks")
-            yield
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        name = self.names.get(id(module), self.stack[-1])
-        self.stack.append(name)
-        if id(module) in self.names:
-            self.calls[name] = self.calls.get(name, 0) + 1
-        if (
-            self.reject_unbatched
-            and isinstance(module, _ConvNd)
-            and args
-            and id(args[0]) in self.inputs
-            and args[0].dim() == len(module.kernel_size) + 1
-        ):
-            size = tuple(args[0].shape)
-            raise _Unbatched(f"`input_size` (={size}) must include the batch, as in {(1, *size)}")
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.stack.pop()
-        name = self.names.get(id(module))
-        if name is not None and name not in self.output_shape:
-            first = next(iter(_tensors(output)), None)
-            self.output_shape[name] = None if first is None else tuple(first.shape)
-
-    def _save(self, tensor: Tensor) -> Tensor:
-        key = self.activations.key(tensor)
-        if key in self.activations.size:
-            self.saved[key] = self.activations.size[key]
-        return tensor
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = operator_name(func)
-        if name.startswith("prim::") or name == "lift_fresh":  # what `torch.tensor` makes is new
-            return func(*args, **kwargs)
-        if self.fake is not None:
-            args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
-        if hasattr(func, "decompose") and find_formula(func) is None and not _is_view(func):
-            # an operator that is defined by others; outside of inference mode torch expands it
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        self._record(name, func, args, kwargs, result)
-        return result
-
-    def _to_fake(self, tensor: Tensor) -> Tensor:
-        # the fake mode makes a new one at each use, and writes to real scalars; made here once, a
-        # weight stays as it is, and its views are known to be no activations
-        assert self.fake is not None
-        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
-
-    def _record(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        results = _tensors(result)
-        if name in FIRST_RESULT_ONLY:
-            results = results[:1]
-        operands = _tensors((args, kwargs))
-        if not results or _is_view(func):
-            return  # views cost nothing, and look at a storage that is known already
-        formula = find_formula(func)
-        if formula is None:
-            self.unknown.add(name)
-        else:
-            operation = self._operation(name, func, args, kwargs, results)
-            self.own[self.stack[-1]] += formula(operation)
-            self._note_padding(operation)
-        self.own[self.stack[-1]] += Cost(traffic_bytes=_traffic(operands, results))
-        self.activations.step(operands, results)
-
-    def _operation(
-        self, name: str, func: Any, args: Any, kwargs: Any, results: tuple[Tensor, ...]
-    ) -> Operation:
-        arguments = {
-            argument.name: args[place]
-            if place < len(args)
-            else kwargs.get(argument.name, argument.default_value)
-            for place, argument in enumerate(func._schema.arguments)
-        }
-        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        needs_grad = {key for key, value in tensors.items() if value.requires_grad}
-        bias = any(
-            value.dim() == 1 and self.activations.key(value) not in self.activations.size
-            for value in tensors.values()
-        )
-        margins: Margins = ()
-        if "input" in tensors:
-            key = self.activations.key(tensors["input"])
-            shape, noted = self.margins.get(key, ((), ()))
-            margins = noted if shape == tuple(tensors["input"].shape) else ()
-        return Operation(
-            name,
-            arguments,
-            results,
-            frozenset(needs_grad) if torch.is_grad_enabled() else frozenset(),
-            margins,
-            bias,
-        )
-
-    def _note_padding(self, operation: Operation) -> None:
-        """Remember the zeros that a padding operator puts around its input."""
-        if operation.name != "constant_pad_nd" or operation["value"] != 0:
-            return
-        result, pad = operation.results[0], list(operation["pad"])
-        ends = [(max(low, 0), max(high, 0)) for low, high in zip(pad[::2], pad[1::2], strict=True)]
-        ends = ends[::-1]  # the last dimension comes first
-        dims = result.dim() - 2
-        margins = ((0, 0),) * (dims - len(ends)) + tuple(ends[-dims:])
-        self.margins[self.activations.key(result)] = (tuple(result.shape), margins)
-
-
-class _Activations:
-    """Sizes and live ranges of the storages that a walk makes."""
-
-    def __init__(self) -> None:
-        self.size: dict[int, int] = {}
-        self._first: dict[int, int] = {}
-        self._last: dict[int, int] = {}
-        self._steps = 0
-        self._references: dict[int, Any] = {}
-
-    def key(self, tensor: Tensor) -> int:
-        """A number for the tensor's storage, never used again for another one."""
-        try:
-            reference = StorageWeakRef(tensor.untyped_storage())
-        except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
-            self._references[id(tensor)] = tensor
-            return id(tensor)
-        # a weak reference frees the data, and keeps the address from being used again
-        self._references.setdefault(reference.cdata, reference)
-        return int(reference.cdata)
-
-    def make(self, tensor: Tensor) -> None:
-        """Note a storage as an activation, unless it is known already."""
-        key = self.key(tensor)
-        if key not in self.size:
-            has_storage = self._references[key] is not tensor
-            self.size[key] = tensor.untyped_storage().nbytes() if has_storage else _bytes(tensor)
-            self._first[key] = self._steps
-        self._last[key] = self._steps
-
-    def step(self, operands: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
-        """Note one operator: what it reads and what it makes."""
-        self._steps += 1
-        read = {self.key(tensor) for tensor in operands}
-        for key in read & self.size.keys():
-            self._last[key] = self._steps
-        for tensor in results:
-            # an in-place operator on a weight makes no activation
-            if self.key(tensor) not in read:
-                self.make(tensor)
-
-    def keep(self, outputs: tuple[Tensor, ...]) -> None:
-        """Let the outputs live to the end."""
-        for tensor in outputs:
-            if self.key(tensor) in self.size:
-                self._last[self.key(tensor)] = self._steps
-
-    def peak(self) -> int:
-        """The largest sum of sizes alive at one operator."""
-        change = [0] * (self._steps + 2)
-        for key, size in self.size.items():
-            change[self._first[key]] += size
-            change[self._last[key] + 1] -= size
-        peak = alive = 0
-        for difference in change:
-            alive += difference
-            peak = max(peak, alive)
-        return peak
-
-
-def _tensors(tree: Any) -> tuple[Tensor, ...]:
-    return tuple(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _is_view(func: Any) -> bool:
-    """Whether an operator returns its input, seen in another way."""
-    if torch.Tag.inplace_view in getattr(func, "tags", ()) or operator_name(func) in VIEWS:
-        return True
-    returns = func._schema.returns if hasattr(func, "_schema") else ()
-    return any(value.alias_info and not value.alias_info.is_write for value in returns)
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Bytes of the elements that a tensor shows, those repeated by `expand` once."""
-    if tensor.layout != torch.strided:
-        return tensor.numel() * tensor.element_size()
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride or size == 0 else 1
-    return elements * tensor.element_size()
-
-
-def _traffic(operands: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> int:
-    read = {id(tensor): tensor for tensor in operands}
-    return sum(map(_bytes, read.values())) + sum(map(_bytes, results))
-
-
-def _account(model: nn.Module, walk: _Walk) -> Account:
+def _account(model: nn.Module, walk: Walk) -> Account:
     rows = tuple(_rows(model, walk))
     parameters = list(model.parameters())
     total = rows[0]
@@ -443,7 +197,7 @@ def _account(model: nn.Module, walk: _Walk) -> Account:
     )
 
 
-def _rows(model: nn.Module, walk: _Walk) -> list[Row]:
+def _rows(model: nn.Module, walk: Walk) -> list[Row]:
     """One row per module: a container, then its children in the order of their first call."""
     modules = dict(model.named_modules())
     children: dict[str, list[str]] = defaultdict(list)

@@ -1,118 +1,20 @@
 """One small function per operator: its arguments and results in, its `Cost` out.
 
 A formula is registered under the operator's name, "convolution" for all overloads and the in-place
-form of `aten::convolution`. Traffic is the same rule for every operator, so it is not part of them.
+form of `aten::convolution`. Traffic follows the same rule for every operator, so it is no part of
+them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .account import Cost
-
-Margins = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One call of an operator.
-
-    Attributes:
-        name: its name, without overload: "convolution", or "torchvision::nms" outside of aten.
-        arguments: its arguments by the names of its schema, defaults filled in.
-        results: the tensors that it returned.
-        needs_grad: names of the tensor arguments that autograd needs a gradient of.
-        margins: zeros that padding put around each spatial dimension of `arguments["input"]`.
-        bias: whether one of the arguments is a parameter with one dimension.
-    """
-
-    name: str
-    arguments: dict[str, Any]
-    results: tuple[Tensor, ...]
-    needs_grad: frozenset[str] = frozenset()
-    margins: Margins = ()
-    bias: bool = False
-
-    def __getitem__(self, argument: str) -> Any:
-        return self.arguments[argument]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the first result."""
-        return self.results[0].numel() if self.results else 0
-
-    def product(self, macs: int, *operands: str, without_padding: int | None = None) -> Cost:
-        """Cost of an operator that is linear in each of `operands`."""
-        gradients = sum(operand in self.needs_grad for operand in operands)
-        return Cost(
-            macs=macs,
-            macs_without_padding=macs if without_padding is None else without_padding,
-            backward_macs=macs * gradients,
-        )
-
-
-Formula = Callable[[Operation], Cost]
-
-_FORMULAS: dict[str, Formula] = {}
-
-
-def formula(*names: str) -> Callable[[Formula], Formula]:
-    """Register a function as the formula of the operators `names`.
-
-    Args:
-        names: "namespace::operator", or only the operator's name for one of aten's.
-
-    Example:
-        >>> from separable.cost import Cost, formula
-        >>> @formula("mylib::scale")
-        ... def scale(op):
-        ...     return Cost(elementwise=op.numel)
-    """
-
-    def register(function: Formula) -> Formula:
-        _FORMULAS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def find_formula(operator: Any) -> Formula | None:
-    """The formula of a `torch._ops.OpOverload`, None where it is not known."""
-    name = operator_name(operator)
-    found = _FORMULAS.get(name)
-    if found is None and name.endswith("_"):
-        found = _FORMULAS.get(name[:-1])
-    if found is None and _is_pointwise(operator, name):
-        found = pointwise
-    return found
-
-
-def operator_name(operator: Any) -> str:
-    """The name of an operator without its overload; without its namespace where that is aten."""
-    name = operator._schema.name if hasattr(operator, "_schema") else str(operator)
-    return str(name).removeprefix("aten::")
-
-
-def _is_pointwise(operator: Any, name: str) -> bool:
-    if torch.Tag.pointwise in getattr(operator, "tags", ()):
-        return True
-    # before torch 2.9 in-place forms lack the tag
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    return packet is not None and any(
-        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
-    )
-
-
-def _free(op: Operation) -> Cost:
-    return Cost()
-
+from .operation import Margins, Operation, formula, pointwise
 
 # Their other results are for the backward pass, or indices: no part of the compulsory traffic.
 FIRST_RESULT_ONLY = frozenset(
@@ -133,42 +35,40 @@ VIEWS = frozenset(
     "_unsafe_view _reshape_alias unsafe_split unsafe_split_with_sizes unsafe_chunk".split()
 )
 
-# Operators that move, make or look at data without arithmetic. Random draws are among them.
-_FORMULAS.update(
-    dict.fromkeys(
-        """
-        clone copy _to_copy cat stack constant_pad_nd reflection_pad1d reflection_pad2d
-        reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pad
-        index _unsafe_index index_select index_put _index_put_impl _unsafe_index_put gather scatter
-        take take_along_dim masked_select masked_fill masked_scatter where nonzero
-        embedding roll flip repeat repeat_interleave tile im2col pixel_shuffle pixel_unshuffle
-        channel_shuffle native_channel_shuffle max_unpool2d max_unpool3d upsample_nearest1d
-        upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-        _upsample_nearest_exact3d tril triu tril_indices triu_indices diag_embed
-        select_scatter slice_scatter diagonal_scatter as_strided_scatter index_fill index_copy
-        empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros new_ones
-        new_full zeros zeros_like ones ones_like full full_like fill zero arange linspace eye
-        scalar_tensor rand rand_like randn randn_like randint randint_like randperm bernoulli
-        uniform normal exponential random one_hot
-        resize set _local_scalar_dense item equal is_same_size sym_size sym_numel sym_stride
-        sym_storage_offset _assert_async _assert_tensor_metadata _assert_scalar
-        lift lift_fresh lift_fresh_copy
-        """.split(),
-        _free,
-    )
-)
-
 
 @formula(
-    *"dropout native_dropout relu6 hardswish log_sigmoid_forward _prelu_kernel rrelu_with_noise "
-    "glu addcmul addcdiv lerp".split()
+    *"""
+    clone copy _to_copy cat stack constant_pad_nd reflection_pad1d reflection_pad2d
+    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pad
+    index _unsafe_index index_select index_put _index_put_impl _unsafe_index_put gather scatter
+    take take_along_dim masked_select masked_fill masked_scatter where nonzero
+    embedding roll flip repeat repeat_interleave tile im2col pixel_shuffle pixel_unshuffle
+    channel_shuffle native_channel_shuffle max_unpool2d max_unpool3d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d tril triu tril_indices triu_indices diag_embed
+    select_scatter slice_scatter diagonal_scatter as_strided_scatter index_fill index_copy
+    empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros new_ones
+    new_full zeros zeros_like ones ones_like full full_like fill zero arange linspace eye
+    scalar_tensor rand rand_like randn randn_like randint randint_like randperm bernoulli
+    uniform normal exponential random one_hot
+    resize set _local_scalar_dense item equal is_same_size sym_size sym_numel sym_stride
+    sym_storage_offset _assert_async _assert_tensor_metadata _assert_scalar
+    lift lift_fresh lift_fresh_copy
+    """.split()
 )
-def pointwise(op: Operation) -> Cost:
-    """One per result."""
-    return Cost(elementwise=op.numel)
+def movement(op: Operation) -> Cost:
+    """Nothing: data are moved, made, drawn or looked at without arithmetic."""
+    return Cost()
 
 
-@formula("add", "add_")
+# torch tags the others itself
+formula(*"dropout native_dropout relu6 hardswish log_sigmoid_forward _prelu_kernel".split())(
+    pointwise
+)
+formula(*"rrelu_with_noise glu addcmul addcdiv lerp".split())(pointwise)
+
+
+@formula("add")
 def add(op: Operation) -> Cost:
     """One per result, in the column of the biases where a vector of parameters is added."""
     return Cost(bias_adds=op.numel) if op.bias else Cost(elementwise=op.numel)
