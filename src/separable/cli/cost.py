@@ -60,6 +60,7 @@ def compare(models: tuple[str, ...], input_size: tuple[int, ...], style: Any, **
         raise click.UsageError(f"compare needs two networks, got {len(models)}")
     from .. import cost
 
+    cost.keep_freed_memory()
     return cost.compare(regular, separable_form, input_size=input_size).to_string(style)
 
 
@@ -102,6 +103,7 @@ def measure(model: str, input_size: tuple[int, ...], style: Any, device: str) ->
 
     from .. import cost
 
+    cost.keep_freed_memory()
     network = load(model).to(device)
     return cost.measure(network, torch.randn(input_size, device=device)).to_string(style)
 
