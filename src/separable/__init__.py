@@ -23,7 +23,20 @@ _HOME = {
     "total_learnables": "cost",
 }
 
-__all__ = ["__version__", *_ROOMS, *_HOME]
+__all__ = [
+    "Account",
+    "Comparison",
+    "Measurement",
+    "__version__",
+    "compare",
+    "cost",
+    "count",
+    "crosscheck",
+    "measure",
+    "models",
+    "nn",
+    "total_learnables",
+]
 
 if TYPE_CHECKING:
     from . import cost, models, nn

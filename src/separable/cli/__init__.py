@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import cost
+from . import cost, demo
 from .errors import Group
 
 __all__ = ["main"]
@@ -23,5 +23,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (cost.count, cost.compare, cost.measure, cost.crosscheck):
+for command in (cost.count, cost.compare, cost.measure, cost.crosscheck, demo.demo):
     main.add_command(command)

@@ -22,9 +22,9 @@ def count(
     model: str, input_size: tuple[int, ...], style: Any, depth: int | None, strict: bool
 ) -> str:
     """Count a network's parameters, multiply-adds, memory and traffic."""
-    import separable
+    from .. import cost
 
-    account = separable.count(load(model), input_size=input_size, strict=strict)
+    account = cost.count(load(model), input_size=input_size, strict=strict)
     return account.to_string(style, depth=depth)
 
 
@@ -58,9 +58,10 @@ def compare(models: tuple[str, ...], input_size: tuple[int, ...], style: Any, **
         regular, separable_form = map(load, models)
     else:
         raise click.UsageError(f"compare needs two networks, got {len(models)}")
-    import separable
+    from .. import cost
 
-    return separable.compare(regular, separable_form, input_size=input_size).to_string(style)
+    cost.keep_freed_memory()
+    return cost.compare(regular, separable_form, input_size=input_size).to_string(style)
 
 
 def _flag(name: str) -> str:
@@ -100,10 +101,11 @@ def measure(model: str, input_size: tuple[int, ...], style: Any, device: str) ->
     """Measure a network's latency and peak memory."""
     import torch
 
-    import separable
+    from .. import cost
 
+    cost.keep_freed_memory()
     network = load(model).to(device)
-    return separable.measure(network, torch.randn(input_size, device=device)).to_string(style)
+    return cost.measure(network, torch.randn(input_size, device=device)).to_string(style)
 
 
 @click.command(epilog=MODEL_HELP)
@@ -112,6 +114,6 @@ def measure(model: str, input_size: tuple[int, ...], style: Any, device: str) ->
 @output_format
 def crosscheck(model: str, input_size: tuple[int, ...], style: Any) -> str:
     """Show what other counters say of a network, and why."""
-    import separable
+    from .. import cost
 
-    return separable.crosscheck(load(model), input_size=input_size).to_string(style)
+    return cost.crosscheck(load(model), input_size=input_size).to_string(style)

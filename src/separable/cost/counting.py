@@ -66,7 +66,7 @@ def count(
         NotImplementedError: `strict`, and an operator has no formula.
         Exception: what the model itself raises on these inputs.
     """
-    model = _plain(model)
+    model = unwrap(model)
 
     def draw() -> Inputs:
         place = _place(model, device)
@@ -103,8 +103,8 @@ def total_learnables(model: nn.Module) -> tuple[int, PrettyTable]:
     return total, table
 
 
-def _plain(model: Any) -> nn.Module:
-    """The model to run: not its compiled or data-parallel wrapper."""
+def unwrap(model: Any) -> nn.Module:
+    """The module that a compiled or data-parallel one wraps; raises where it can't be counted."""
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

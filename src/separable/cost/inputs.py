@@ -22,8 +22,15 @@ class Inputs:
     kwargs: Mapping[str, Any]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """Apply a function to every tensor, however nested."""
-        args, kwargs = tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
+        """Apply a function once to every tensor, however nested; one given twice stays one."""
+        results: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in results:
+                results[id(tensor)] = function(tensor)
+            return results[id(tensor)]
+
+        args, kwargs = tree_map_only(Tensor, once, (self.args, dict(self.kwargs)))
         return Inputs(args, kwargs)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import logging
 import math
 import os
 import platform
@@ -10,7 +12,9 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,14 +42,14 @@ def measure(
 ) -> Measurement:
     """Measure latency and peak memory of a forward pass.
 
-    The pass runs in eval mode, without gradients. Afterwards the model is as it was: train flags,
-    buffers, hooks and the state of the random generators, also after an exception.
+    The pass runs in eval mode, without gradients; see also `keep_freed_memory`. Afterwards the
+    model and the random state are as before, also when the model raises.
 
     Args:
         model: any callable: an `nn.Module`, a compiled one, a function.
         inputs: its input tensor, or a tuple or list of its positional arguments.
-        input_size: in place of `inputs`, the size of one input tensor with the batch; normal noise
-            in the dtype and on the device of the model's parameters.
+        input_size: in place of `inputs`, the shape of the input with its batch, or a list of shapes
+            for several; normal noise in the dtype and on the device of the model's parameters.
         kwargs: keyword arguments of the call.
         repeats: number of times to take.
         min_seconds: least time to spend on the repeats together, in seconds. Each repeat is the
@@ -59,10 +63,10 @@ def measure(
         The measurement. Printing it draws a table.
 
     Raises:
-        TypeError: `model` is not callable.
-        ValueError: an argument is out of its range, neither or both of `inputs` and `input_size`
-            are given, the tensors are on the meta device, or `per_layer` is asked of a callable
-            whose modules do not run one by one.
+        TypeError: `model` is not callable, or neither or both of `inputs` and `input_size` are
+            given.
+        ValueError: an argument is out of its range, the tensors are on the meta device, or
+            `per_layer` is asked of a callable whose modules do not run one by one.
     """
     (measurement,) = measure_interleaved(
         [model],
@@ -110,8 +114,8 @@ def measure_interleaved(
         One measurement per callable, in their order.
 
     Raises:
-        TypeError: a model is not callable.
-        ValueError: as for `measure`.
+        TypeError: as for `measure`, like the next.
+        ValueError: an argument is out of its range.
     """
     for model in models:
         if not callable(model):
@@ -123,16 +127,19 @@ def measure_interleaved(
             raise ValueError(f"`{name}` (={value}) must be at least 1")
     if min_seconds < 0:
         raise ValueError(f"`min_seconds` (={min_seconds}) must not be negative")
-    from torch.utils import benchmark  # not above: it loads setuptools and looks for compilers
+    benchmark = _benchmark()
 
-    first = models[0] if isinstance(models[0], nn.Module) else None
-    given = make_inputs(first, input_size, inputs=inputs, kwargs=kwargs)
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    given = make_inputs(modules[0] if modules else None, input_size, inputs=inputs, kwargs=kwargs)
     tensors = [_tensors(model, given) for model in models]
     devices = [_device(each) for each in tensors]
 
     with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(_at_rest(model))
+        for module in modules:
+            # a forward in eval mode may write to buffers, hardly to parameters
+            held = (each for each in held_tensors(module) if not isinstance(each, nn.Parameter))
+            stack.enter_context(untouched(module, held))
+            stack.enter_context(train_flags(module, False))
         # inference_mode would leave inference tensors in the caches that models keep, which a
         # later backward pass refuses, and makes torch.compile compile anew
         stack.enter_context(torch.no_grad())
@@ -165,6 +172,36 @@ def measure_interleaved(
     )
 
 
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory, so that page faults are not measured as arithmetic.
+
+    PyTorch allocates every activation on the CPU anew. glibc may give a large one back to the
+    system when it is freed, and then a forward pass takes a page fault per 4 KiB of output, by
+    the chance of what else was allocated: `Conv2d(3, 64, 5, stride=2)` on 1×3×228×228 took 5.7 ms
+    in one process and 1.7 ms in another. Call this first in a process of its own, such as a
+    benchmark; it holds until the process ends. The command line does.
+
+    Returns:
+        Whether the C library took it; False where it is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def _benchmark() -> ModuleType:
+    """`torch.utils.benchmark`; its import is slow, for it looks for compilers, and logs of them."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # CUDA's compiler without a GPU is no fault here
+    try:
+        return import_module("torch.utils.benchmark")
+    finally:
+        logger.setLevel(level)
+
+
 def _interleaved_times(
     calls: Sequence[Callable[[], Any]], repeats: int, min_seconds: float
 ) -> list[list[float]]:
@@ -185,7 +222,7 @@ def _interleaved_times(
 
 def _seconds(call: Callable[[], Any], number: int) -> float:
     """Return the mean seconds of a call; the timer waits for what runs on an accelerator."""
-    from torch.utils import benchmark
+    benchmark = _benchmark()
 
     return timeit.timeit(call, timer=benchmark.timer, number=number) / number
 
@@ -203,8 +240,7 @@ def _peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     with _quiet_kineto(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = call()
-    del result  # held until here, or its release could come before the end of the profile
+        call()
     assert profile.kineto_results is not None
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -243,7 +279,7 @@ def _layer_times(
     model: Callable[..., Any], call: Callable[[], Any], repeats: int
 ) -> tuple[LayerTime, ...]:
     """Time every module by hooks, which are removed again."""
-    from torch.utils import benchmark
+    benchmark = _benchmark()
 
     assert isinstance(model, nn.Module)
     running: list[list[float]] = []  # of each module being run: start, seconds in its children
@@ -284,23 +320,11 @@ def _layer_times(
     )
 
 
-@contextmanager
-def _at_rest(model: Callable[..., Any]) -> Iterator[None]:
-    """Hold a module in eval mode, then give it back its train flags, buffers and attributes."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    written = (each for each in held_tensors(model) if not isinstance(each, nn.Parameter))
-    with untouched(model, written), train_flags(model, training=False):
-        yield
-
-
 def _tensors(model: Any, given: Inputs) -> list[Tensor]:
     """Return the tensors of the model, then those of the inputs."""
     own = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return own + [
-        leaf for leaf in tree_leaves((given.args, given.kwargs)) if isinstance(leaf, Tensor)
-    ]
+    leaves = tree_leaves((given.args, dict(given.kwargs)))
+    return own + [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
