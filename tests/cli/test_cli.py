@@ -200,7 +200,7 @@ def test_crosscheck():
         (["demo", "--epochs=0"], "--epochs"),
         (["demo", "--out=pyproject.toml"], "--out"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_are_one_line(arguments, words, monkeypatch, pytestconfig):
     monkeypatch.chdir(pytestconfig.rootpath)

@@ -59,7 +59,15 @@ def test_wilson_interval_solves_its_definition(correct, total):
 
 
 def test_training_learns_and_is_reproducible(digits):
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, 10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 16, 8, stride=4),
+            torch.nn.BatchNorm2d(16),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(16 * 7 * 7, 10),
+        )
     start = {name: value.clone() for name, value in network.state_dict().items()}
     data, steps = few(digits, 320), []
     runs = []
@@ -70,7 +78,7 @@ def test_training_learns_and_is_reproducible(digits):
             fit(network, data, 3, generator=generator, after_step=lambda: steps.append(None))
         )
     assert runs[0] == runs[1]
-    assert runs[0][-1] < runs[0][0]
+    assert runs[0][-1] < 0.8 * runs[0][0]
     assert len(steps) == 2 * 3 * steps_per_epoch(data) == 60
     assert not network.training
 
