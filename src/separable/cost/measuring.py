@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import platform
@@ -10,7 +11,9 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -123,7 +126,7 @@ def measure_interleaved(
             raise ValueError(f"`{name}` (={value}) must be at least 1")
     if min_seconds < 0:
         raise ValueError(f"`min_seconds` (={min_seconds}) must not be negative")
-    from torch.utils import benchmark  # not above: it loads setuptools and looks for compilers
+    benchmark = _benchmark()
 
     modules = [model for model in models if isinstance(model, nn.Module)]
     given = make_inputs(modules[0] if modules else None, input_size, inputs=inputs, kwargs=kwargs)
@@ -168,6 +171,17 @@ def measure_interleaved(
     )
 
 
+def _benchmark() -> ModuleType:
+    """`torch.utils.benchmark`; its import is slow, for it looks for compilers, and logs of them."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # CUDA's compiler without a GPU is no fault here
+    try:
+        return import_module("torch.utils.benchmark")
+    finally:
+        logger.setLevel(level)
+
+
 def _interleaved_times(
     calls: Sequence[Callable[[], Any]], repeats: int, min_seconds: float
 ) -> list[list[float]]:
@@ -188,7 +202,7 @@ def _interleaved_times(
 
 def _seconds(call: Callable[[], Any], number: int) -> float:
     """Return the mean seconds of a call; the timer waits for what runs on an accelerator."""
-    from torch.utils import benchmark
+    benchmark = _benchmark()
 
     return timeit.timeit(call, timer=benchmark.timer, number=number) / number
 
@@ -245,7 +259,7 @@ def _layer_times(
     model: Callable[..., Any], call: Callable[[], Any], repeats: int
 ) -> tuple[LayerTime, ...]:
     """Time every module by hooks, which are removed again."""
-    from torch.utils import benchmark
+    benchmark = _benchmark()
 
     assert isinstance(model, nn.Module)
     running: list[list[float]] = []  # of each module being run: start, seconds in its children

@@ -242,7 +242,7 @@ def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: 
     losses: dict[str, tuple[float, ...]] = {}
     steps = epochs * steps_per_epoch(digits)
     for name, network in networks.items():
-        with tqdm(total=steps, desc=f"training the {name} form", unit="step") as bar:
+        with tqdm(total=steps, desc=f"training the {name} form", unit="step", disable=None) as bar:
             generator = torch.Generator().manual_seed(seed)
             losses[name] = tuple(
                 fit(network, digits, epochs, generator=generator, after_step=bar.update)
