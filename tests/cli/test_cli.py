@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -243,7 +244,7 @@ def test_ctrl_c_during_the_demo(tmp_path):
     command = [sys.executable, "-c", code, "demo", "--out", tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         seen = b""
-        while b"1/" not in seen and process.poll() is None:
+        while not re.search(rb" [1-9]\d*/\d", seen) and process.poll() is None:
             seen += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
