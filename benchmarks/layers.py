@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import separable
+from separable.cost import keep_freed_memory
 from separable.nn import SeparableConv2d
 
 # in_channels, out_channels, kernel, stride, side of the square input, depth multiplier
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per side and layer")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
+    keep_freed_memory()
 
     table = PrettyTable(
         [

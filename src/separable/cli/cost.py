@@ -69,6 +69,7 @@ def compare(
         raise click.UsageError(f"compare needs two networks, got {len(models)}")
     from .. import cost
 
+    cost.keep_freed_memory()
     comparison = cost.compare(regular, separable_form, input_size, latency=latency, threads=threads)
     return comparison.to_string(style)
 
@@ -119,6 +120,7 @@ def measure(
     """Measure a network's latency and peak memory."""
     from .. import cost
 
+    cost.keep_freed_memory()
     network = load(model).to(device)
     measurement = cost.measure(network, input_size=input_size, threads=threads, per_layer=per_layer)
     return measurement.to_string(style)

@@ -27,8 +27,10 @@ def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     On the handwritten digits bundled with scikit-learn: the same small MobileNetV1 with regular
     and with separable convolutions.
     """
+    from ..cost import keep_freed_memory
     from ..demo import tell
 
+    keep_freed_memory()
     story = tell(out, epochs=epochs, seed=seed)
     click.echo(
         f"The picture is {out / 'demo.png'}, the figures are in {out / 'demo.json'}.", err=True
