@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -242,9 +243,10 @@ def test_ctrl_c_during_the_demo(tmp_path):
     code = "from separable.cli import main; main()"
     command = [sys.executable, "-c", code, "demo", "--out", tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        seen = b""
-        while b"1/" not in seen and process.poll() is None:
-            seen += process.stderr.read(1)
+        # the folder is made when the training begins
+        while not (tmp_path / "out").exists() and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
