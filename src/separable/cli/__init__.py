@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import cost, demo
+from . import conversion, cost, demo
 from .errors import Group
 
 __all__ = ["main"]
@@ -23,5 +23,13 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (cost.count, cost.compare, cost.measure, cost.crosscheck, demo.demo):
+COMMANDS = (
+    cost.count,
+    cost.compare,
+    cost.measure,
+    cost.crosscheck,
+    conversion.convert,
+    demo.demo,
+)
+for command in COMMANDS:
     main.add_command(command)

@@ -60,13 +60,10 @@ def read_images(
     from PIL import Image
     from tqdm import tqdm
 
-    height, width = size
-    shorter = round(min(size) / CROP)
-    scaled = [max(shorter, round(side * shorter / min(size))) for side in (height, width)]
     transform = v2.Compose(
         [
-            v2.Resize(max(scaled) if height != width else shorter, antialias=True),
-            v2.CenterCrop([height, width]),
+            v2.Resize(round(max(size) / CROP), antialias=True),  # of the shorter side
+            v2.CenterCrop(list(size)),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(_per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")),

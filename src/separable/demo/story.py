@@ -15,6 +15,7 @@ from prettytable import PrettyTable
 from torch import nn
 from tqdm import tqdm
 
+from ..conversion import convert
 from ..cost import Account, Measurement, count, measure_interleaved
 from ..cost.account import Format, check_format, draw
 from ..models import mobilenet_v1
@@ -247,6 +248,12 @@ def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: 
             losses[name] = tuple(
                 fit(network, digits, epochs, generator=generator, after_step=bar.update)
             )
+    # as many multiply-adds as the separable form has, and no label
+    share = count(networks["separable"], INPUT_SIZE).macs / count(networks["regular"], INPUT_SIZE).macs
+    converted = convert(
+        networks["regular"], digits.train_images[:CALIBRATION], budget=f"macs={share:.4f}"
+    )
+    networks = {"regular": networks["regular"], "converted": converted, **networks}
     measurements = measure_interleaved(list(networks.values()), digits.test_images[:BATCH])
     contenders = [
         Contender(
