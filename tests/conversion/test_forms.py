@@ -182,7 +182,8 @@ def test_flags_layout_and_class_are_kept():
     module = separated(conv, factors, conv.bias)
     assert isinstance(module.spatial, Doubled)
     assert not any(p.requires_grad for p in module.parameters())
-    assert not module.training and not module.last.training
+    assert not module.training
+    assert not module.last.training
     assert module.last.weight.is_contiguous(memory_format=torch.channels_last)
     input = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(module(input), conv(input))
