@@ -19,14 +19,22 @@ def test_public_names():
         "Account",
         "Comparison",
         "Measurement",
+        "Plan",
         "__version__",
+        "apply",
         "compare",
+        "conversion",
+        "convert",
         "cost",
         "count",
         "crosscheck",
+        "load",
         "measure",
+        "merge",
         "models",
         "nn",
+        "plan",
+        "save",
         "total_learnables",
     }
     assert set(separable.__all__) <= set(dir(separable))
@@ -39,7 +47,7 @@ def test_every_public_name_loads_and_says_what_it_is(name):
     assert getattr(separable, name) is value
 
 
-@pytest.mark.parametrize("room", ["nn", "cost", "models"])
+@pytest.mark.parametrize("room", ["nn", "cost", "models", "conversion"])
 def test_every_name_of_a_room_loads(room):
     module = getattr(separable, room)
     assert module.__all__ == sorted(module.__all__)

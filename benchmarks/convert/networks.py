@@ -166,7 +166,9 @@ def trained(name: str, dataset: str, seed: int) -> nn.Module:
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     """Per cent of `inputs` whose largest output is the label's."""
-    hits = [model(x).argmax(1) == y for x, y in zip(inputs.split(256), labels.split(256), strict=True)]
+    hits = [
+        model(x).argmax(1) == y for x, y in zip(inputs.split(256), labels.split(256), strict=True)
+    ]
     return 100 * torch.cat(hits).float().mean().item()
 
 

@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models")
+_ROOMS = ("nn", "cost", "models", "conversion")
 
 _HOME = {
     "Account": "cost",
     "Comparison": "cost",
     "Measurement": "cost",
+    "Plan": "conversion",
+    "apply": "conversion",
     "compare": "cost",
+    "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "load": "conversion",
     "measure": "cost",
+    "merge": "conversion",
+    "plan": "conversion",
+    "save": "conversion",
     "total_learnables": "cost",
 }
 
@@ -27,19 +34,28 @@ __all__ = [
     "Account",
     "Comparison",
     "Measurement",
+    "Plan",
     "__version__",
+    "apply",
     "compare",
+    "conversion",
+    "convert",
     "cost",
     "count",
     "crosscheck",
+    "load",
     "measure",
+    "merge",
     "models",
     "nn",
+    "plan",
+    "save",
     "total_learnables",
 ]
 
 if TYPE_CHECKING:
-    from . import cost, models, nn
+    from . import conversion, cost, models, nn
+    from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
         Comparison,

@@ -3,13 +3,11 @@
 from .applying import Report, apply
 from .converting import convert, merge
 from .files import load, save
-from .forms import FORMS, Form, SeparatedConv
+from .forms import SeparatedConv
 from .planning import plan
 from .plans import Plan, Row
 
 __all__ = [
-    "FORMS",
-    "Form",
     "Plan",
     "Report",
     "Row",

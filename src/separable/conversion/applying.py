@@ -241,6 +241,7 @@ def _average(norm: Any, batches: int) -> None:
         return
     total = torch.tensor(float(batches), device=norm.running_mean.device)
     dist.all_reduce(total)
+    norm.num_batches_tracked.fill_(int(total))
     for statistic in (norm.running_mean, norm.running_var):
         statistic.mul_(batches / total)
         dist.all_reduce(statistic)

@@ -190,7 +190,7 @@ def _levelled(goal: Target, form: Form, most: int, share: float, ratio: float) -
 def _work(goal: Target, form: Form, rank: int) -> float:
     """Multiply-adds of an optimiser's step, about."""
     outputs, inputs, taps = goal.weight.shape
-    terms = {"depthwise-pointwise": rank, "pointwise-depthwise": outputs}.get(form, rank)
+    terms = {"depthwise-pointwise": 16 * rank, "pointwise-depthwise": outputs}.get(form, rank)
     return float(terms * (inputs * taps) ** 2)
 
 

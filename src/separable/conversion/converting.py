@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ def convert(
         >>> slim.report.plan.macs <= 0.5
         True
     """
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # a stream runs once only, and both steps need it
     chosen = plan(
         model,
         calibration,

@@ -125,12 +125,16 @@ def curve(target: Target, form: Form, most: int) -> Tensor:
     if form == "low-rank":
         values = torch.linalg.svdvals(white.weighted @ _root(white.gram)[0])
         explained = values.square().cumsum(0)[:most]
-    elif form == "pointwise-depthwise-pointwise":
-        problem = _Problem(white)
-        covariance, cross = problem.normal(_start(white, form, most))
-        explained = _explained(covariance, cross).cumsum(0)
+    elif form == "pointwise-depthwise":
+        lead, spatial = _start(white, form, most)
+        ranks = range(1, most + 1)
+        left = [_difference(white, lead[:, :rank], spatial[:, :rank]) for rank in ranks]
+        explained = energy - torch.stack(left)
     else:
-        explained = torch.stack([energy - _start_error(white, form, k + 1) for k in range(most)])
+        covariance, cross = _Problem.of(white, form).normal(_start(white, form, most))
+        # depthwise-pointwise has a filter per channel in each term
+        per_term = len(covariance) // most
+        explained = _explained(covariance, cross).cumsum(0)[per_term - 1 :: per_term]
     errors: Tensor = (energy - explained).clamp_min(0).cummin(0).values
     return errors
 
@@ -210,33 +214,38 @@ def _start(white: _White, form: Form, rank: int) -> tuple[Tensor, ...]:
     return channel[order // len(tap)], tap[order % len(tap)]
 
 
-def _start_error(white: _White, form: Form, rank: int) -> Tensor:
-    parts = _start(white, form, rank)
-    if form == "pointwise-depthwise":
-        return _difference(white, *parts)
-    covariance, cross = _Problem(white).normal(parts)
-    return white.energy - _explained(covariance, cross).sum()
-
-
 @dataclass(frozen=True)
 class _Problem:
     """The normal equations of the last pointwise convolution, given the filters before it."""
 
     white: _White
+    blocks: Tensor
+    """the gram matrix by input channel, `[C, C × P, P]`, for depthwise filters"""
+
+    @classmethod
+    def of(cls, white: _White, form: Form) -> _Problem:
+        """Lay out the gram matrix as the form's products read it."""
+        if form != "depthwise-pointwise":
+            return cls(white, white.gram)
+        _, inputs, taps = white.weight.shape
+        return cls(white, white.gram.view(-1, inputs, taps).movedim(1, 0).contiguous())
 
     def normal(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Covariance `[R, R]` of the filters' outputs and cross-covariance `[N, R]` with y."""
+        """Covariance `[R, R]` of the filters' outputs and cross-covariance `[N, R]` with y.
+
+        Depthwise filters come term by term, the channels within.
+        """
         outputs, inputs, taps = self.white.weight.shape
         if len(parts) == 2:
             lead, spatial = (_unit(part) for part in parts)
             filters = torch.einsum("rc,rp->cpr", lead, spatial).flatten(0, 1)
             return filters.mT @ (self.white.gram @ filters), self.white.known @ filters
         spatial = _unit(parts[0])  # [C, T, P]
-        blocks = self.white.gram.view(inputs, taps, inputs, taps)
-        right = torch.einsum("cpeq,euq->cpeu", blocks, spatial)
-        covariance = torch.einsum("ctp,cpeu->cteu", spatial, right).flatten(2).flatten(0, 1)
-        cross = torch.einsum("ncp,ctp->nct", self.white.known.view(outputs, inputs, taps), spatial)
-        return covariance, cross.flatten(1)
+        right = torch.bmm(self.blocks, spatial.mT).view(inputs, inputs, taps, -1)
+        covariance = torch.einsum("ctp,ecpu->tcue", spatial, right)
+        cross = torch.einsum("ncp,ctp->ntc", self.white.known.view(outputs, inputs, taps), spatial)
+        size = inputs * spatial.shape[1]
+        return covariance.reshape(size, size), cross.flatten(1)
 
 
 def _unit(part: Tensor) -> Tensor:
@@ -268,7 +277,7 @@ def _variable_projection(target: Target, form: Form, rank: int, steps: int) -> F
     on this model slow and its terms diverge (Phan et al. 2020).
     """
     white = _White.of(target, mix=form != "depthwise-pointwise")
-    problem = _Problem(white)
+    problem = _Problem.of(white, form)
     energy = white.energy
 
     def loss(*parts: Tensor) -> Tensor:
@@ -277,7 +286,8 @@ def _variable_projection(target: Target, form: Form, rank: int, steps: int) -> F
 
     parts = _start(white, form, rank)
     if energy > 0:
-        work = rank * len(white.gram) ** 2
+        # depthwise filters take few multiply-adds, but each reads the whole gram matrix
+        work = (rank if len(parts) == 2 else 16 * rank) * len(white.gram) ** 2
         parts = _minimise(loss, parts, work, steps)
     covariance, cross = problem.normal(parts)
     last = torch.cholesky_solve(cross.mT, _lifted(covariance)).mT
@@ -285,7 +295,8 @@ def _variable_projection(target: Target, form: Form, rank: int, steps: int) -> F
         last = torch.linalg.solve(target.half, last)
     if form == "depthwise-pointwise":
         spatial = _unit(parts[0]) @ white.taps
-        return Factors(form, None, spatial[None], last.reshape(1, -1, *spatial.shape[:2]))
+        last = last.unflatten(1, (rank, -1)).transpose(1, 2)
+        return Factors(form, None, spatial[None], last[None])
     lead, spatial = _unit(parts[0]) @ white.channels, _unit(parts[1]) @ white.taps
     return Factors(form, lead[None], spatial[None], last[None])
 

@@ -112,10 +112,11 @@ def weights_per_position(form: Form, shape: Shape, rank: int) -> tuple[int, int]
 
 
 def random_factors(form: Form, shape: Shape, rank: int) -> Factors:
-    """Factors of normal noise."""
+    """Factors of normal noise, always the same."""
+    generator = torch.Generator().manual_seed(0)
     parts: dict[str, Any] = {"lead": None, "last": None}
     for name, size in _sizes(form, shape, rank).items():
-        parts[name] = torch.randn(size)
+        parts[name] = torch.randn(size, generator=generator)
     return Factors(form, **parts)
 
 
@@ -193,7 +194,8 @@ def like(conv: Conv, inputs: int, outputs: int, groups: int, bias: bool) -> Conv
     kind: Any = own if own.forward is not plain_class(conv).forward else plain_class(conv)
     mode = {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
     sizes: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    made = kind(inputs, outputs, *sizes, groups=groups, bias=bias, **mode)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are never used
+        made = kind(inputs, outputs, *sizes, groups=groups, bias=bias, **mode)
     return made.to(conv.weight.device, conv.weight.dtype)  # type: ignore[no-any-return]
 
 
@@ -256,7 +258,8 @@ def separated(conv: Conv, factors: Factors, bias: Tensor | None) -> SeparatedCon
 
     def pointwise(weight: Tensor, bias: Tensor | None) -> Conv:
         inputs, outputs = weight.shape[1] * shape.groups, len(weight)
-        layer = plain(inputs, outputs, 1, groups=shape.groups, bias=bias is not None)
+        with torch.random.fork_rng(devices=[]):
+            layer = plain(inputs, outputs, 1, groups=shape.groups, bias=bias is not None)
         layer.to(conv.weight.device, conv.weight.dtype)
         return _filled(layer, weight.reshape(*weight.shape, *ones), bias, conv)
 

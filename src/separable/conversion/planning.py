@@ -21,7 +21,7 @@ from .sites import Inputs, frozen_copy, replaced, trace
 
 TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
-RANK_STEPS = 12
+RANK_STEPS = 8
 """ranks per form and layer that are timed"""
 
 
@@ -73,13 +73,13 @@ def plan(
     inputs = None if calibration is None else Inputs(calibration, original)
     if example is None and inputs is not None:
         example = inputs.first[:1]
+    if inputs is None and goal.quantity == "error":
+        raise ValueError(f"`budget` (={budget!r}) is measured and needs `calibration`")
     if example is None and goal.quantity != "params":
         raise ValueError(
             f"`budget` (={budget!r}) without `calibration` needs `example`, an input batch that "
             "tells the sizes of the layers; or use 'params='"
         )
-    if inputs is None and goal.quantity == "error":
-        raise ValueError(f"`budget` (={budget!r}) is measured and needs `calibration`")
     share = 0.25 if goal.quantity == "error" else goal.limit
     found = candidates(
         original, inputs, example, tuple(skip), _checked_forms(forms), seed, share, progress
@@ -229,10 +229,10 @@ def _timed(
                 key = (geometry, option.form, option.rank)
                 if key not in known:
                     module = _stand_in(conv, option)
-                    input = torch.randn(site.input_size).to(conv.weight)
-                    known[key] = float(
-                        measure(compile(module, input), input, repeats=5, min_seconds=0.05).median
-                    )
+                    generator = torch.Generator().manual_seed(0)
+                    input = torch.randn(site.input_size, generator=generator).to(conv.weight)
+                    timed = measure(compile(module, input), input, repeats=5, min_seconds=0.02)
+                    known[key] = float(timed.median)
                 seconds[name, option] = known[key] * site.calls
                 bar.update()
     return seconds

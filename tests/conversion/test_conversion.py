@@ -1,0 +1,278 @@
+"""Whole networks: budgets, what is kept, files, merge, exporters, processes."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import separable
+from separable.conversion import SeparatedConv, planning
+from separable.conversion.sites import divergence
+
+FEW = "positions; more calibration"
+
+
+class Branched(nn.Module):
+    """Strides, a shortcut, a module that runs twice, one that never runs, every special layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding="same", bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.twice = nn.Conv2d(12, 12, 3, padding=1, padding_mode="reflect")
+        self.down = nn.Conv2d(12, 16, 3, stride=2, padding=1, groups=2)
+        self.short = nn.Conv2d(12, 16, 1, stride=2)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=16)
+        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
+        self.unused = nn.Conv2d(2, 2, 3)
+        self.head = nn.Linear(8, 5)
+        self.alias = self.down
+
+    def forward(self, input):
+        x = nn.functional.relu(self.norm(self.stem(input)), inplace=True)
+        x = nn.functional.relu(self.twice(nn.functional.relu(self.twice(x), inplace=True)))
+        x = self.depthwise(nn.functional.relu(self.down(x) + self.short(x)))
+        return self.head(self.up(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Branched()
+    with torch.no_grad():
+        model.head.weight.mul_(30)
+        for _ in range(20):
+            model(torch.randn(16, 3, 12, 12))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def slim(model, inputs):
+    return separable.convert(model, inputs, "macs=0.4", progress=False)
+
+
+def snapshot(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return state, [m.training for m in model.modules()], [type(m) for m in model.modules()]
+
+
+def test_a_converted_network_keeps_its_budget_and_most_of_its_outputs(model, inputs, slim):
+    plan = slim.report.plan
+    assert plan.macs <= 0.4
+    counted = separable.count(slim, inputs=inputs[:1]).total.macs
+    dense = separable.count(model, inputs=inputs[:1]).total.macs
+    kept = sum(row.macs_before - row.macs_after for row in plan.rows)
+    assert dense - counted == kept
+    assert slim.report.error == pytest.approx(divergence(slim, model, inputs.split(32)))
+    with pytest.warns(UserWarning, match="weights alone"):
+        plain = separable.apply(model, plan, None, progress=False)
+    assert slim.report.error < 0.5 * divergence(plain, model, inputs.split(32))
+
+
+def test_every_convolution_has_a_row_and_a_reason_where_it_stays(slim):
+    reasons = {row.name: row.reason for row in slim.report.plan.rows}
+    assert reasons["depthwise"] == "already depthwise"
+    assert reasons["up"] == "transposed"
+    assert reasons["unused"] == "never runs on the calibration inputs"
+    assert "alias" not in reasons
+    assert slim.alias is slim.down
+    assert isinstance(slim.twice, SeparatedConv)
+    for row in slim.report.plan.rows:
+        assert bool(row.form) != bool(row.reason)
+
+
+def test_the_model_is_untouched(model, inputs):
+    model = copy.deepcopy(model).train()
+    model.norm.eval()
+    model.stem.weight.requires_grad_(False)
+    before = snapshot(model)
+    random = torch.get_rng_state()
+    slim = separable.convert(model, inputs, "macs=0.5", progress=False)
+    after = snapshot(model)
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1:] == after[1:]
+    assert torch.equal(random, torch.get_rng_state())
+    assert slim.training
+    assert not slim.norm.training
+    assert all(m.training for m in slim.twice.modules())
+    assert not any(m._forward_hooks for m in slim.modules())
+
+
+def test_the_same_seed_gives_the_same_network(model, inputs, slim):
+    again = separable.convert(model, inputs, "macs=0.4", progress=False)
+    assert again.report == slim.report
+    for name, value in slim.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_at_full_rank_every_form_gives_the_original_back(model, inputs):
+    plan = separable.plan(model, inputs, "macs=0.9", progress=False)
+    plan = plan.edited("twice", "pointwise-depthwise-pointwise", 108)
+    plan = plan.edited("down", "depthwise-pointwise", 8).edited("stem", "pointwise-depthwise", 3)
+    slim = separable.apply(model, plan.edited("short", "low-rank", 12), inputs, progress=False)
+    assert slim.report.error < 1e-8
+    torch.testing.assert_close(slim(inputs), model(inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["batches", "pairs", "single", "stream", "dataset"])
+def test_calibration_comes_in_many_shapes(model, inputs, slim, kind):
+    labels = torch.zeros(64)
+    given = {
+        "batches": list(inputs.split(32)),
+        "pairs": [(inputs[:32], 1), [inputs[32:], 2]],
+        "single": list(inputs),
+        "stream": iter(inputs.split(32)),
+        "dataset": torch.utils.data.TensorDataset(inputs, labels),
+    }[kind]
+    found = separable.convert(model, given, "macs=0.4", progress=False)
+    assert found.report == slim.report
+
+
+def test_a_last_batch_of_another_size(model, inputs):
+    given = [inputs[:32], inputs[32:33]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", FEW)
+        assert separable.convert(model, given, "macs=0.5", progress=False).report.error < 1
+
+
+def test_params_and_error_budgets(model, inputs):
+    plan = separable.plan(model, inputs, "params=0.5", progress=False)
+    assert plan.params <= 0.5
+    slim = separable.convert(model, inputs, "error=0.05", progress=False)
+    assert slim.report.error <= 0.05
+    assert slim.report.plan.macs < 1
+
+
+def test_skip_and_forms(model, inputs):
+    plan = separable.plan(
+        model, inputs, "macs=0.9", skip=["tw*"], forms=["depthwise-pointwise"], progress=False
+    )
+    assert plan.row("twice").reason == "skipped by name"
+    assert {row.form for row in plan.rows} == {None, "depthwise-pointwise"}
+
+
+def test_latency_budget_is_met_where_it_can_be(monkeypatch):
+    monkeypatch.setattr(planning, "TRIALS", 2)
+    monkeypatch.setattr(planning, "RANK_STEPS", 3)
+    wide = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3)).eval()
+    inputs = torch.randn(16, 3, 24, 24)
+    plan = separable.plan(
+        wide, inputs, "latency=0.9", forms=["pointwise-depthwise-pointwise"], progress=False
+    )
+    assert plan.seconds_after <= 0.9 * plan.seconds_before
+    assert "ms" in str(plan)
+
+
+def test_plan_is_a_value_that_prints_and_saves(model, inputs, slim):
+    plan = slim.report.plan
+    assert separable.Plan.from_json(plan.to_json()) == plan
+    assert hash(separable.Plan.from_json(plan.to_json())) == hash(plan)
+    json.loads(plan.edited("stem", "pointwise-depthwise", 1).to_json())
+    assert "dense: transposed" in str(plan)
+    assert plan.edited("stem", None).row("stem").macs_after == plan.row("stem").macs_before
+
+
+def test_files_load_without_the_original(model, inputs, slim, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    separable.save(slim, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["slim.safetensors"]
+    fresh = Branched().eval()
+    loaded = separable.load(path, model=fresh)
+    assert loaded.report == slim.report
+    assert torch.equal(loaded(inputs), slim(inputs))
+    assert isinstance(fresh.twice, nn.Conv2d)
+
+
+def test_merge_gives_dense_convolutions_of_the_same_function(model, inputs, slim):
+    merged = separable.merge(slim)
+    assert not any(isinstance(m, SeparatedConv) for m in merged.modules())
+    assert merged.down.groups == 2
+    assert merged.twice.padding_mode == "reflect"
+    torch.testing.assert_close(merged(inputs), slim(inputs), rtol=1e-4, atol=1e-4)
+    assert merged.alias is merged.down
+
+
+def test_export_keeps_the_outputs(inputs, slim):
+    exported = torch.export.export(slim, (inputs[:2],)).module()
+    torch.testing.assert_close(exported(inputs[:2]), slim(inputs[:2]), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_that_are_no_logits(inputs):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3)
+            self.out = nn.Conv2d(16, 16, 3)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            return {"features": [x, self.out(x)]}
+
+    slim = separable.convert(Two(), inputs, "macs=0.5", progress=False)
+    assert 0 < slim.report.error < 0.3
+
+
+def test_a_bare_convolution_and_batch_norm_that_drifted(inputs):
+    slim = separable.convert(nn.Conv2d(3, 16, 3), inputs, "macs=0.6", progress=False)
+    assert isinstance(slim, SeparatedConv)
+
+
+def test_too_few_inputs_say_so_and_stay_finite(model, inputs):
+    with pytest.warns(UserWarning, match=FEW):
+        slim = separable.convert(model, inputs[:1, :, :4, :4], "macs=0.4", progress=False)
+    assert all(value.isfinite().all() for value in slim.state_dict().values())
+
+
+def test_weights_alone_need_an_example_for_macs(model, inputs):
+    with pytest.warns(UserWarning, match="weights alone"):
+        slim = separable.convert(model, None, "macs=0.5", example=inputs[:1], progress=False)
+    assert slim.report.plan.macs <= 0.5
+    assert torch.equal(slim.norm.running_mean, model.norm.running_mean)
+    with pytest.warns(UserWarning, match="weights alone"):
+        slim = separable.convert(model, None, "params=0.5", progress=False)
+    assert slim.report.plan.params <= 0.5
+
+
+def _rank_of_two(rank, port, path):
+    import os
+
+    from torch import distributed as dist
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model, inputs, _ = torch.load(path / "case.pt", weights_only=False)
+    mine = list(inputs.split(16))[rank::2]
+    slim = separable.convert(model, mine, "macs=0.4", progress=False)
+    torch.save((slim.report.plan.to_json(), slim.state_dict()), path / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_does(model, inputs, tmp_path):
+    import socket
+
+    from torch import multiprocessing
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = copy.deepcopy(model).double()
+    inputs = inputs.double()
+    torch.save((model, inputs, None), tmp_path / "case.pt")
+    multiprocessing.spawn(_rank_of_two, (port, tmp_path), nprocs=2)
+    alone = separable.convert(model, list(inputs.split(16)), "macs=0.4", progress=False)
+    for rank in (0, 1):
+        text, state = torch.load(tmp_path / f"{rank}.pt")
+        rows = separable.Plan.from_json(text).rows
+        chosen = [(row.name, row.form, row.rank) for row in rows]
+        assert chosen == [(r.name, r.form, r.rank) for r in alone.report.plan.rows]
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
