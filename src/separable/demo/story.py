@@ -24,6 +24,8 @@ from .learning import count_correct, fit, steps_per_epoch, wilson_interval
 
 BATCH = 64
 INPUT_SIZE = (BATCH, 1, IMAGE_SIZE, IMAGE_SIZE)
+# unlabelled training images that the conversion sees
+CALIBRATION = 512
 # on few cores the barriers of a busy machine cost more than a second thread gains
 THREADS = 1
 
@@ -34,7 +36,7 @@ class Contender:
 
     Attributes:
         name: its name in the table.
-        losses: mean training loss of each epoch.
+        losses: mean training loss of each epoch; none where it was converted, not trained.
         correct: test images put into their class.
         tested: test images.
         account: what a pass over `BATCH` images costs.
@@ -249,16 +251,16 @@ def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: 
                 fit(network, digits, epochs, generator=generator, after_step=bar.update)
             )
     # as many multiply-adds as the separable form has, and no label
-    share = count(networks["separable"], INPUT_SIZE).macs / count(networks["regular"], INPUT_SIZE).macs
-    converted = convert(
-        networks["regular"], digits.train_images[:CALIBRATION], budget=f"macs={share:.4f}"
-    )
+    macs = {name: count(network, INPUT_SIZE).macs for name, network in networks.items()}
+    budget = f"macs={macs['separable'] / macs['regular']:.4f}"
+    seen = digits.train_images[:CALIBRATION]
+    converted = convert(networks["regular"], seen, budget, seed=seed)
     networks = {"regular": networks["regular"], "converted": converted, **networks}
     measurements = measure_interleaved(list(networks.values()), digits.test_images[:BATCH])
     contenders = [
         Contender(
             name=name,
-            losses=losses[name],
+            losses=losses.get(name, ()),
             correct=count_correct(network, digits),
             tested=len(digits.test_labels),
             account=count(network, INPUT_SIZE),
