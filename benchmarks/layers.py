@@ -18,20 +18,24 @@ from torch import nn
 from tqdm import tqdm
 
 import separable
+from separable.cost import keep_freed_memory
 from separable.nn import SeparableConv2d
 
-# in_channels, out_channels, kernel, stride, side of the square input
+# in_channels, out_channels, kernel, stride, side of the square input, depth multiplier
 LAYERS = [
-    (3, 64, 5, 2, 228),
-    (3, 32, 3, 2, 224),
-    (32, 64, 3, 1, 112),
-    (64, 64, 3, 1, 56),
-    (128, 128, 3, 1, 28),
-    (256, 256, 3, 1, 14),
-    (512, 512, 3, 1, 14),
-    (512, 512, 3, 1, 7),
-    (128, 128, 5, 1, 28),
-    (256, 512, 3, 2, 28),
+    (3, 64, 5, 2, 228, 1),
+    (3, 16, 3, 2, 224, 1),
+    (3, 32, 3, 2, 224, 1),
+    (32, 64, 3, 1, 112, 1),
+    (64, 64, 3, 1, 56, 1),
+    (128, 128, 3, 1, 28, 1),
+    (256, 256, 3, 1, 14, 1),
+    (512, 512, 3, 1, 14, 1),
+    (512, 512, 3, 1, 7, 1),
+    (128, 128, 5, 1, 28, 1),
+    (256, 512, 3, 2, 28, 1),
+    (64, 64, 3, 1, 56, 2),
+    (256, 256, 3, 1, 14, 2),
 ]
 
 
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per side and layer")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
+    keep_freed_memory()
 
     table = PrettyTable(
         [
@@ -58,11 +63,11 @@ def main() -> None:
     table.align = "r"
     table.align["Layer"] = "l"
     rows = []
-    for channels, filters, kernel, stride, side in tqdm(LAYERS, disable=None):
+    for channels, filters, kernel, stride, side, multiplier in tqdm(LAYERS, disable=None):
         options = {"stride": stride, "padding": 0 if side == 228 else kernel // 2}
         comparison = separable.compare(
             nn.Conv2d(channels, filters, kernel, **options),
-            SeparableConv2d(channels, filters, kernel, **options),
+            SeparableConv2d(channels, filters, kernel, **options, depth_multiplier=multiplier),
             (args.batch, channels, side, side),
             threads=args.threads,
             repeats=args.repeats,
@@ -72,6 +77,7 @@ def main() -> None:
         one, other = comparison.measured
         speed_up = one.ratio_to(other)
         layer = f"{channels} → {filters}, {kernel}×{kernel}" + (f", stride {stride}" * (stride > 1))
+        layer += f", {multiplier} filters per channel" * (multiplier > 1)
         table.add_row(
             [
                 layer,

@@ -1,6 +1,9 @@
 """Measuring leaves everything as it was, and does the arithmetic of times and memory right."""
 
 import json
+import platform
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -400,3 +403,24 @@ def test_cuda():
     assert measurement.versions["cuda"] == torch.version.cuda
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert len(measurement.layers) == 6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc what to do")
+def test_freed_memory_is_kept():
+    """In a process of its own: the page faults of a forward pass stop."""
+    script = (
+        "import resource, torch\n"
+        "from separable.cost import keep_freed_memory\n"
+        "if {keep}: assert keep_freed_memory()\n"
+        "torch.set_num_threads(1)\n"
+        "make = lambda: torch.ones(12_000_000).sum()\n"
+        "make(), make()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(5): make()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", script.format(keep=keep)]))
+        for keep in (False, True)
+    ]
+    assert faults[1] < 100 < faults[0]

@@ -19,7 +19,7 @@ from .options import output_format
     show_default=True,
     help="Folder for demo.png and demo.json.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     """Train both forms on real data and compare them, in two minutes.
@@ -27,8 +27,10 @@ def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     On the handwritten digits bundled with scikit-learn: the same small MobileNetV1 with regular
     and with separable convolutions.
     """
+    from ..cost import keep_freed_memory
     from ..demo import tell
 
+    keep_freed_memory()
     story = tell(out, epochs=epochs, seed=seed)
     click.echo(
         f"The picture is {out / 'demo.png'}, the figures are in {out / 'demo.json'}.", err=True

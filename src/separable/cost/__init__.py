@@ -5,7 +5,7 @@ from .comparison import Comparison, compare
 from .counting import count, total_learnables
 from .crosschecking import Crosscheck, Difference, Opinion, crosscheck
 from .measurement import LayerTime, Measurement, Ratio
-from .measuring import measure, measure_interleaved
+from .measuring import keep_freed_memory, measure, measure_interleaved
 from .operation import Operation, formula
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "count",
     "crosscheck",
     "formula",
+    "keep_freed_memory",
     "measure",
     "measure_interleaved",
     "total_learnables",
