@@ -384,6 +384,7 @@ def test_one_sample_of_a_large_batch_is_as_large_as_itself() -> None:
 def test_traffic_counts_dtypes_and_expanded_tensors_once() -> None:
     half = separable.count(nn.Conv2d(3, 8, 1, bias=False).half(), (1, 3, 10, 10))
     assert half.traffic_bytes == 2 * (300 + 24 + 800)
+    assert half.param_bytes == 2 * 24
     expanded = Function(lambda x, y: x * y.expand(5, 10))
     account = separable.count(expanded, inputs=(torch.zeros(5, 10), torch.zeros(1, 10)))
     assert account.traffic_bytes == 4 * (50 + 10 + 50)
@@ -589,6 +590,38 @@ def test_elementwise_norm_and_pool_columns() -> None:
     assert separable.count(nn.Upsample(scale_factor=2, mode="bilinear"), (n, c, 3, 3)).pool == (
         n * c * 36 * 4
     )
+
+
+COLUMNS = {
+    "bicubic": (nn.Upsample(scale_factor=2, mode="bicubic"), (2, 3, 5, 5), "pool", 600 * 16),
+    "trilinear": (nn.Upsample(scale_factor=2, mode="trilinear"), (1, 2, 3, 3, 3), "pool", 432 * 8),
+    "average 1d": (nn.AvgPool1d(3), (2, 4, 9), "pool", 2 * 4 * 3 * 3),
+    "average 3d": (nn.AvgPool3d(2), (1, 2, 4, 4, 4), "pool", 2 * 8 * 8),
+    "sum": (Function(torch.sum), (5, 7), "elementwise", 35),
+    "log softmax": (nn.LogSoftmax(-1), (5, 7), "elementwise", 3 * 35),
+    "bias of a vector": (
+        Function(lambda x: torch.addmm(torch.ones(7), x, x)),
+        (7, 7),
+        "bias_adds",
+        49,
+    ),
+    "addend of a matrix": (Function(lambda x: torch.addmm(x, x, x)), (7, 7), "elementwise", 49),
+    "no addend": (Function(lambda x: torch.addmm(x, x, x, beta=0)), (7, 7), "flops", 2 * 343),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_other_columns(name: str) -> None:
+    model, size, column, expected = COLUMNS[name]
+    assert getattr(separable.count(model, size), column) == expected
+
+
+@pytest.mark.parametrize(("mode", "taps"), [("bilinear", 4), ("nearest", 0), ("bicubic", 16)])
+def test_grid_sampling_counts_its_taps(mode: str, taps: int) -> None:
+    def sample(x: Tensor, grid: Tensor) -> Tensor:
+        return F.grid_sample(x, grid, mode=mode, align_corners=False)
+
+    assert separable.count(Function(sample), [(2, 3, 5, 5), (2, 4, 6, 2)]).pool == 144 * taps
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])

@@ -95,7 +95,8 @@ class Walk(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if threading.get_ident() != self.thread:  # a dispatch mode sees its own thread only
-            self.unknown.add("operators in other threads")
+            if id(module) in self.names:
+                self.unknown.add("operators in other threads")
             return
         name = self.names.get(id(module), self.stack[-1])
         self.stack.append(name)
