@@ -552,7 +552,8 @@ def test_formats(format: str) -> None:
         assert json.loads(text)["rows"][1]["name"] == "0"
     elif format == "csv":
         rows = list(csv.DictReader(io.StringIO(text)))
-        assert [row["Module"].strip() for row in rows] == ["(network)", "0", "1"]
+        assert [row["name"] for row in rows] == ["", "0", "1"]
+        assert [int(row["macs"]) for row in rows] == [account.macs, account.macs, 0]
     else:
         assert f"{account.macs:,}" in text
         assert "padding zeros included" in text
