@@ -1,4 +1,4 @@
-"""Two image sets from scikit-learn's digits: as they are, and a harder one on a cluttered canvas."""
+"""Two image sets from the digits of scikit-learn: as they are, and on a cluttered canvas."""
 
 from __future__ import annotations
 

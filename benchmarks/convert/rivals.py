@@ -25,18 +25,17 @@ tensorly.set_backend("pytorch")
 DEPTHWISE: Form = "depthwise-pointwise"
 BLUEPRINT: Form = "pointwise-depthwise"
 CANONICAL: Form = "pointwise-depthwise-pointwise"
-Layer = Callable[[Any, Site, float, Moments], nn.Module | None]
+Layer = Callable[[Any, Site, float, Moments], nn.Module]
 
 
 def _rank(site: Site, form: Form, macs: float) -> int:
-    return math.floor(macs / cost(site, form, 1)[0])
+    """The largest rank within a layer's budget, or 1: a form that cannot be so small gets more."""
+    return max(1, math.floor(macs / cost(site, form, 1)[0]))
 
 
 def _plain(form: Form) -> Layer:
-    def layer(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module | None:
+    def layer(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module:
         rank = _rank(site, form, macs)
-        if rank < 1:
-            return None
         factors = weight_only(grouped(conv.weight.detach().double(), conv.groups), form, rank)
         return separated(conv, factors, conv.bias)
 
@@ -46,10 +45,8 @@ def _plain(form: Form) -> Layer:
 def _aware(form: Form) -> Layer:
     """Each layer alone, in the metric of its own inputs."""
 
-    def layer(conv: Any, site: Site, macs: float, moments: Moments) -> nn.Module | None:
+    def layer(conv: Any, site: Site, macs: float, moments: Moments) -> nn.Module:
         rank = _rank(site, form, macs)
-        if rank < 1:
-            return None
         (goal,) = targets(grouped(conv.weight.detach(), 1), moments, None)
         factors = fit(Target(goal.weight, goal.gram), form, rank)
         return separated(conv, factors, bias_of(factors.dense(), moments))
@@ -57,7 +54,7 @@ def _aware(form: Form) -> Layer:
     return layer
 
 
-def _cp(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module | None:
+def _cp(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module:
     rank = _rank(site, CANONICAL, macs)
     weight = conv.weight.detach().double().flatten(2)
     with warnings.catch_warnings():
@@ -69,7 +66,7 @@ def _cp(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module | None:
     return separated(conv, factors, conv.bias)
 
 
-def _tucker(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module | None:
+def _tucker(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module:
     """Tucker-2 (Kim et al. 2016), both channel ranks in proportion."""
     outputs, inputs = conv.weight.shape[:2]
     taps = math.prod(conv.kernel_size)
@@ -78,9 +75,7 @@ def _tucker(conv: Any, site: Site, macs: float, _: Moments) -> nn.Module | None:
         n, c = max(1, int(part * outputs)), max(1, int(part * inputs))
         return site.before * inputs * c + site.after * n * (c * taps + outputs)
 
-    part = max((k / 400 for k in range(1, 400) if price(k / 400) <= macs), default=0)
-    if not part:
-        return None
+    part = max((k / 400 for k in range(1, 400) if price(k / 400) <= macs), default=1 / 400)
     ranks = [max(1, int(part * outputs)), max(1, int(part * inputs))]
     weight = conv.weight.detach().double()
     (core, (last, lead)), _ = partial_tucker(weight, ranks, modes=[0, 1], n_iter_max=100)
@@ -110,13 +105,12 @@ RIVALS: dict[str, Layer] = {
 
 def convert(
     model: nn.Module, calibration: Tensor, share: float, layer: Layer
-) -> tuple[nn.Module, nn.Module | None, float] | None:
+) -> tuple[nn.Module, nn.Module, float]:
     """Convert every k×k layer but the stem to the same share of its multiply-adds.
 
     Returns:
         The network, the one with batch-norm statistics re-estimated where that lowers its
-        calibration error, and its share of the multiply-adds; None if the method cannot be so
-        small.
+        calibration error, and its share of the multiply-adds.
     """
     inputs = Inputs(calibration, model)
     sites = trace(model, inputs.first)
@@ -129,8 +123,6 @@ def convert(
     for site in changing:
         conv = model.get_submodule(site.name)
         made = layer(conv, site, part * dense[site.name], moments[site.name])
-        if made is None:
-            return None
         result = replaced(result, site.names, made)
     renewed = _with_batch_norm(result, inputs)
     macs = sum(_macs(result.get_submodule(s.name), s) for s in sites) / sum(dense.values())

@@ -31,9 +31,9 @@ def cells(
     original = networks.accuracy(model, inputs, labels)
     rows = []
 
-    def row(method: str, fold: float, result: nn.Module | None, macs: float | None) -> None:
-        score = None if result is None else networks.accuracy(result, inputs, labels)
-        error = None if result is None else divergence(result, model, inputs.split(256))
+    def row(method: str, fold: float, result: nn.Module, macs: float) -> None:
+        score = networks.accuracy(result, inputs, labels)
+        error = divergence(result, model, inputs.split(256))
         rows.append(
             {
                 "network": name,
@@ -48,18 +48,14 @@ def cells(
                 "kl": error,
             }
         )
-        shown = "cannot be so small" if score is None else f"{score:.2f} %, KL {error:.4f}"
-        print(f"{name} {dataset} {seed} {fold:g}x {method}: {shown} of {original:.2f}", flush=True)
+        cell = f"{name} {dataset} {seed} {fold:g}x {method} ({1 / macs:.1f}x)"
+        print(f"{cell}: {score:.2f} of {original:.2f} %, KL {error:.4f}", flush=True)
 
     for fold in folds:
         slim = separable.convert(model, calibration, f"macs={1 / fold}", progress=False)
         row(OURS, fold, slim, slim.report.plan.macs)
         for method, layer in rivals.RIVALS.items():
-            found = rivals.convert(model, calibration, 1 / fold, layer)
-            if found is None:
-                row(method, fold, None, None)
-                continue
-            result, renewed, macs = found
+            result, renewed, macs = rivals.convert(model, calibration, 1 / fold, layer)
             if method == "network decoupling":
                 row(f"{method}, batch norm kept", fold, result, macs)
             row(method, fold, renewed, macs)
@@ -68,23 +64,30 @@ def cells(
 
 def table(rows: list[dict[str, Any]]) -> PrettyTable:
     """Mean accuracy and KL of each method, per data set and budget, and how often it is beaten."""
-    result = PrettyTable(["data", "fold", "method", "points lost", "worst", "KL", "behind ours"])
+    result = PrettyTable(
+        ["data", "budget", "method", "MACs", "points lost", "worst", "KL", "behind"]
+    )
     keys = sorted({(r["data"], r["fold"]) for r in rows}, key=str)
     for dataset, fold in keys:
         here = [r for r in rows if (r["data"], r["fold"]) == (dataset, fold)]
         ours = {(r["network"], r["seed"]): r for r in here if r["method"] == OURS}
         for method in dict.fromkeys(r["method"] for r in here):
-            mine = [r for r in here if r["method"] == method and r["accuracy"] is not None]
-            if not mine:
-                result.add_row([dataset, fold, method, "cannot be so small", "", "", ""])
-                continue
+            mine = [r for r in here if r["method"] == method]
             lost = [r["original"] - r["accuracy"] for r in mine]
             behind = sum(r["kl"] > ours[r["network"], r["seed"]]["kl"] for r in mine)
             kl = sum(r["kl"] for r in mine) / len(mine)
             mean = sum(lost) / len(lost)
             result.add_row(
-                [dataset, fold, method, f"{mean:.2f}", f"{max(lost):.2f}", f"{kl:.4f}"]
-                + ["" if method == OURS else f"{behind} of {len(mine)}"]
+                [
+                    *(
+                        dataset,
+                        f"1/{fold:g}",
+                        method,
+                        f"{sum(r['macs'] for r in mine) / len(mine):.3f}",
+                    ),
+                    *(f"{mean:.2f}", f"{max(lost):.2f}", f"{kl:.4f}"),
+                    "" if method == OURS else f"{behind} of {len(mine)}",
+                ]
             )
     return result
 

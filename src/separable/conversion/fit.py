@@ -15,7 +15,7 @@ from torch import Tensor
 from .forms import Factors, Form, Shape, exact_rank, weight_only
 from .moments import Moments
 
-RIDGE = 1e-4
+RIDGE = 1e-3
 """weight of the original in the target, relative to the mean variance of the inputs"""
 BLEND = 0.5
 """share of the plain squared error in the metric of the outputs"""
