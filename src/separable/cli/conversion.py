@@ -29,7 +29,9 @@ def numbers(text: str) -> tuple[float, ...]:
 
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
-@click.option("--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01.")
+@click.option(
+    "--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01."
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True)
 @click.option(
     "--weights",
@@ -41,8 +43,14 @@ def numbers(text: str) -> tuple[float, ...]:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
 )
-@click.option("--images", "most", type=click.IntRange(1), default=512, show_default=True,
-              help="Most images to take from the folder, at random.")
+@click.option(
+    "--images",
+    "most",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Most images to take from the folder, at random.",
+)
 @click.option("--mean", type=numbers, default=IMAGENET[0], show_default=True)
 @click.option("--std", type=numbers, default=IMAGENET[1], show_default=True)
 @input_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ class Report:
     relative squared error; None without inputs"""
     batch_norm: bool
     """whether re-estimated batch-norm statistics lowered it and were kept"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan and what was measured as plain Python values, ready for JSON."""
+        return {
+            "plan": json.loads(self.plan.to_json()),
+            "error": self.error,
+            "batch_norm": self.batch_norm,
+        }
 
     def __str__(self) -> str:
         if self.error is None:
