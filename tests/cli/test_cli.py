@@ -240,7 +240,11 @@ def test_ctrl_c_during_the_demo(tmp_path):
     """A real signal in the middle of the training: no traceback, nothing half-written."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    code = "from separable.cli import main; main()"
+    # a shell that starts the tests in the background has them ignore the signal
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from separable.cli import main; main()"
+    )
     command = [sys.executable, "-c", code, "demo", "--out", tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         # the folder is made when the training begins
@@ -248,7 +252,10 @@ def test_ctrl_c_during_the_demo(tmp_path):
             time.sleep(0.1)
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert b"Traceback" not in stderr
     assert stdout == b""
