@@ -21,8 +21,10 @@ SURVEY_BYTES = 1.5e9
 ANCHOR_STEPS, ANCHOR_WORK = 15, 3e8
 """optimiser steps of the one fit that sets the level of an error curve, and the multiply-adds a
 step beyond which a layer takes the usual level instead"""
+WORTH = 0.75
+"""share of the dense cost above which a form is not considered"""
 USUAL_LEVEL = {"depthwise-pointwise": 0.7, "pointwise-depthwise-pointwise": 0.5}
-"""error of a fit relative to its closed-form start, the median over the benchmark's layers"""
+"""error of a fit relative to its closed-form start, as seen on small networks"""
 
 
 class Option(NamedTuple):
@@ -156,14 +158,14 @@ def _options(
     for form in forms:
         if (form == "low-rank") != (site.shape.taps == 1):
             continue  # without taps, the separable forms have nothing to separate
-        most = min(exact_rank(form, site.shape), math.ceil(price(None, 0) / price(form, 1)) - 1)
+        ratio = price(None, 0) / price(form, 1)
+        most = min(exact_rank(form, site.shape), math.floor(WORTH * ratio))
         if most < 1 or (
             form == "pointwise-depthwise"
             and len(forms) > 1
             and _work(goals[0], form, 1) > ANCHOR_WORK
         ):
             continue  # fitting every output channel's own filters is slow, and seldom best
-        ratio = price(None, 0) / price(form, 1)
         curves = [_levelled(goal, form, most, share, ratio) for goal in goals]
         errors = torch.stack(curves).sum(0).tolist()
         found += [
