@@ -31,10 +31,11 @@ def draw_picture(story: Story, path: Path) -> None:
     """Write the picture of `story` as a PNG to `path`."""
     figure = Figure(figsize=(10, 4.6), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.06)  # type: ignore[union-attr, call-arg]
-    savings = story.savings(story.contenders[1])
+    first = story.contenders[1]
+    savings = story.savings(first)
     figure.suptitle(
-        f"{savings['macs']:.1f}× fewer multiply-adds, {savings['latency']:.1f}× the speed: "
-        f"{story.promise_kept(story.contenders[1]):.0%} of the promise arrives",
+        f"{first.name.capitalize()}: {savings['macs']:.1f}× fewer multiply-adds, {savings['latency']:.1f}× the speed: "
+        f"{story.promise_kept(first):.0%} of the promise arrives",
         x=0.015,
         ha="left",
         fontsize=15,
