@@ -18,6 +18,10 @@ from separable.demo.digits import Digits, load_digits
 from separable.demo.learning import fit, steps_per_epoch, wilson_interval
 
 
+# the tests convert with fewer images than the demo does
+pytestmark = pytest.mark.filterwarnings("ignore:layer .* more calibration inputs would help")
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_digits()

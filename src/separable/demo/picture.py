@@ -34,7 +34,8 @@ def draw_picture(story: Story, path: Path) -> None:
     first = story.contenders[1]
     savings = story.savings(first)
     figure.suptitle(
-        f"{first.name.capitalize()}: {savings['macs']:.1f}× fewer multiply-adds, {savings['latency']:.1f}× the speed: "
+        f"{first.name.capitalize()}: {savings['macs']:.1f}× fewer multiply-adds, "
+        f"{savings['latency']:.1f}× the speed: "
         f"{story.promise_kept(first):.0%} of the promise arrives",
         x=0.015,
         ha="left",
