@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models")
+_ROOMS = ("nn", "cost", "models", "runtime")
 
 _HOME = {
     "Account": "cost",
     "Comparison": "cost",
     "Measurement": "cost",
     "compare": "cost",
+    "compile": "runtime",
     "count": "cost",
     "crosscheck": "cost",
     "measure": "cost",
@@ -26,7 +27,7 @@ _HOME = {
 __all__ = ["__version__", *_ROOMS, *_HOME]
 
 if TYPE_CHECKING:
-    from . import cost, models, nn
+    from . import cost, models, nn, runtime
     from .cost import (
         Account,
         Comparison,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .runtime import compile
 
 
 def __getattr__(name: str) -> Any:

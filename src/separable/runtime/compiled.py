@@ -1,0 +1,100 @@
+"""A compiled model: checks its arguments, keeps its weights fresh, and runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .execute import Program
+from .weights import Weights
+
+
+class CompiledModel:
+    """A model as machine code; call it like the model.
+
+    Safe to call from many threads at once. Weights that changed since the last call are packed
+    again. The results carry no gradient.
+
+    Attributes:
+        program: the steps and their memory.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        examples: Sequence[Any],
+        structures: tuple[pytree.TreeSpec, pytree.TreeSpec],
+        weights: Weights | None,
+        dynamic_batch: bool,
+    ) -> None:
+        self.program = program
+        self._expected = [
+            tuple(x.shape) if buffer is not None else None
+            for x, buffer in zip(examples, program.schedule.inputs, strict=True)
+        ]
+        self._in, self._out = structures
+        self._weights = weights
+        self._dynamic = dynamic_batch
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on new inputs.
+
+        Raises:
+            TypeError: if the arguments are not structured, typed or placed as in the example.
+            ValueError: if a shape differs from the example's.
+        """
+        flat, structure = pytree.tree_flatten((args, kwargs))
+        if structure != self._in:
+            raise TypeError(
+                f"arguments {structure} differ from the example's {self._in}; "
+                "call the model as it was compiled"
+            )
+        batch = flat[0].shape[0] if self._dynamic and flat[0].dim() else None
+        inputs = [
+            value if shape is None else self._checked(i, value, shape, batch)
+            for i, (value, shape) in enumerate(zip(flat, self._expected, strict=True))
+        ]
+        if self._weights is not None and self._weights.changed():
+            self._refresh()
+        results = self.program(inputs) if batch is None else self._each(inputs, batch)
+        return pytree.tree_unflatten(results, self._out)
+
+    def _checked(
+        self, number: int, value: Any, shape: tuple[int, ...], batch: int | None
+    ) -> torch.Tensor:
+        if batch is not None:
+            shape = (batch, *shape[1:])
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"argument {number} (={value!r}) must be a tensor of shape {shape}")
+        if value.dtype != torch.float32 or value.device.type != "cpu":
+            raise TypeError(
+                f"argument {number} (={value.dtype} on {value.device}) must be float32 on the CPU; "
+                "convert it with `.to('cpu', torch.float32)`"
+            )
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"argument {number} (of shape {tuple(value.shape)}) must have the shape {shape} "
+                "the model was compiled for; compile it again for another"
+                + ("" if self._dynamic else ", or for any batch with `dynamic_batch=True`")
+            )
+        return value.detach().contiguous()
+
+    def _refresh(self) -> None:
+        assert self._weights is not None
+        with self._lock:
+            if self._weights.changed():
+                self._weights.remember()
+                self.program.pack()
+
+    def _each(self, inputs: Sequence[torch.Tensor], batch: int) -> list[Any]:
+        """Run sample by sample, each result written where it belongs."""
+        shapes = [shape or () for shape in self.program.result_shapes]
+        outputs = [torch.empty(batch, *shape[1:]) for shape in shapes]
+        for i in range(batch):
+            self.program([x[i : i + 1] for x in inputs], outputs=[y[i : i + 1] for y in outputs])
+        return outputs
