@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from . import machine as machines
 from .compiled import CompiledModel
 from .execute import Program
-from .graph import Graph, optimise
+from .graph import Graph, Recipe, optimise
 from .importing import NeedsFunctionalisation, import_graph
 from .schedule import schedule
 from .weights import Weights, exported_weights
@@ -57,9 +57,7 @@ def compile(
     weights = Weights()
     with torch.no_grad():
         exported = torch.export.export(model, args)
-        graph = _import(exported, model, weights)
-    program = Program(schedule(optimise(graph), machine, count), machine, count)
-    program.pack()
+        program = build(exported, machine, count, lambda p: exported_weights(p, model, weights))
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert spec_in is not None
     assert spec_out is not None
@@ -71,16 +69,32 @@ def compile(
     return compiled
 
 
-def _import(exported: torch.export.ExportedProgram, model: nn.Module, weights: Weights) -> Graph:
+def build(
+    exported: torch.export.ExportedProgram,
+    machine: machines.Machine,
+    threads: int,
+    constants: Callable[[torch.export.ExportedProgram], dict[str, Recipe]],
+) -> Program:
+    """Take an exported graph through all passes to a program that can run.
+
+    Args:
+        exported: the graph.
+        machine: the CPU to generate for.
+        threads: of one call.
+        constants: by placeholder, how to read the weights of a graph.
+    """
+
     def translate(program: torch.export.ExportedProgram) -> Graph:
         module = program.graph_module
-        recipes = exported_weights(program, model, weights)
-        return import_graph(program.graph, recipes, lambda name: getattr(module, name))
+        return import_graph(program.graph, constants(program), lambda name: getattr(module, name))
 
     try:
-        return translate(exported)
+        graph = translate(exported)
     except NeedsFunctionalisation:
-        return translate(exported.run_decompositions({}))
+        graph = translate(exported.run_decompositions({}))
+    program = Program(schedule(optimise(graph), machine, threads), machine, threads)
+    program.pack()
+    return program
 
 
 def _check_samples_apart(

@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .execute import Program
+from .explain import Explanation, assembly, explain
 from .weights import Weights
 
 
@@ -63,6 +64,23 @@ class CompiledModel:
             self._refresh()
         results = self.program(inputs) if batch is None else self._each(inputs, batch)
         return pytree.tree_unflatten(results, self._out)
+
+    def explain(self, repeats: int = 10) -> Explanation:
+        """What runs in which kernel, what was fused, and how fast each is.
+
+        Args:
+            repeats: measurements per kernel, of which the best counts.
+        """
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            None if shape is None else torch.randn(shape, generator=generator)
+            for shape in self._expected
+        ]
+        return explain(self.program, inputs, repeats)
+
+    def assembly(self, layer: str) -> str:
+        """The assembly of the kernels of a layer, named as in `explain()`."""
+        return assembly(self.program, layer)
 
     def _checked(
         self, number: int, value: Any, shape: tuple[int, ...], batch: int | None

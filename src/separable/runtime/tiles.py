@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from .emit.conv import Conv, ConvTile
 from .emit.tiling import even_sizes
 from .machine import Machine
@@ -76,15 +74,3 @@ def _cycles(conv: Conv, machine: Machine, pixels: int, vectors: int) -> float:
 
 def _counts(sizes: list[int]) -> list[tuple[int, int]]:
     return [(size, sizes.count(size)) for size in sorted(set(sizes))]
-
-
-def predicted_seconds(macs: int, traffic: int, peak: float, bandwidth: float) -> float:
-    """The roofline: multiply-adds at peak or bytes at full bandwidth, whichever takes longer.
-
-    Args:
-        macs: multiply-accumulates.
-        traffic: bytes read and written.
-        peak: FLOP per second.
-        bandwidth: bytes per second.
-    """
-    return max(2 * macs / peak, traffic / bandwidth) if peak and bandwidth else math.inf

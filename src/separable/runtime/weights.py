@@ -17,10 +17,10 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        self._slots: list[tuple[Mapping[str, Any], str]] = []
+        self._slots: list[tuple[Mapping[Any, Any], Any]] = []
         self._seen: list[tuple[torch.Tensor, int]] = []
 
-    def add(self, holder: Mapping[str, Any], name: str) -> Callable[[], torch.Tensor]:
+    def add(self, holder: Mapping[Any, Any], name: Any) -> Callable[[], torch.Tensor]:
         """Watch `holder[name]`; the result reads it."""
         self._slots.append((holder, name))
         self._seen.append((holder[name], _version(holder[name])))

@@ -140,6 +140,25 @@ def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
     return _Emitter(conv, tile, machine).text
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """Output channels that are computed together.
+
+    Attributes:
+        weights: where theirs start.
+        bias: where theirs starts.
+        channel: the first of them.
+        vectors: how many vectors they fill.
+        tail: channels in the last vector.
+    """
+
+    weights: Value
+    bias: Value
+    channel: Index
+    vectors: int
+    tail: int
+
+
 class _Emitter:
     def __init__(self, conv: Conv, tile: ConvTile, machine: Machine) -> None:
         self.conv, self.tile, self.machine = conv, tile, machine
@@ -178,23 +197,24 @@ class _Emitter:
         def panel_run(first: int, count: int, vectors: int, tail: int) -> None:
             low, high = self._share(share, first, count, vectors)
 
-            def panel(p: Index) -> None:
+            def one(p: Index) -> None:
                 vector = b.add(first, b.mul(p, vectors))
                 lane = b.mul(vector, self.machine.width)
-                panel_w = b.at(w, b.mul(lane, conv.depth))
-                panel_b = b.at(self.bias, b.add(b.mul(group, self.padded), lane))
-                channel = b.add(out_channel, lane)
+                panel = _Panel(
+                    weights=b.at(w, b.mul(lane, conv.depth)),
+                    bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
+                    channel=b.add(out_channel, lane),
+                    vectors=vectors,
+                    tail=tail,
+                )
 
                 def row(r: Index) -> None:
                     for run in self.runs:
-                        self.row_of_blocks(
-                            run, r, first_block, last_block, x, panel_w, panel_b, channel,
-                            vectors, tail,
-                        )  # fmt: skip
+                        self.row_of_blocks(run, r, first_block, last_block, x, panel)
 
                 b.loop(first_row, last_row, row)
 
-            b.loop(low, high, panel)
+            b.loop(low, high, one)
 
         for run in self.panels:
             panel_run(*run)
@@ -221,11 +241,7 @@ class _Emitter:
         first_block: Index,
         last_block: Index,
         x: Value,
-        w: Value,
-        bias: Value,
-        channel: Index,
-        vectors: int,
-        tail: int,
+        panel: _Panel,
     ) -> None:
         b, conv = self.b, self.conv
         image, row = b.divmod(r, conv.size[0])
@@ -234,9 +250,8 @@ class _Emitter:
 
         def block(number: Index) -> None:
             column = b.add(run.start, b.mul(b.add(number, -run.first), run.size))
-            start = [b.load(b.at(bias, 0, v * b.width)) for v in range(vectors)]
-            sums = self.taps(run, image, row, column, x, w, start * run.size, vectors)
-            self.epilogue(run, (image, row, column), channel, sums, vectors, tail)
+            sums = self.taps(run, (image, row, column), x, panel)
+            self.epilogue(run, (image, row, column), sums, panel)
 
         if len(self.runs) == 1 and self.tile.blocks >= run.count:
             b.loop(0, run.count, block)
@@ -252,40 +267,40 @@ class _Emitter:
     def taps(
         self,
         run: Run,
-        image: Index,
-        row: Index,
-        column: Index,
+        position: Sequence[Index],
         x: Value,
-        w: Value,
-        sums: list[Value],
-        vectors: int,
+        panel: _Panel,
     ) -> list[Value]:
         b, conv = self.b, self.conv
+        image, row, column = position
         kw, inputs = conv.kernel[1], conv.channels[0]
         top = b.add(b.mul(row, conv.stride[0]), -conv.padding[0])
         corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
-        lanes = vectors * b.width
+        lanes = panel.vectors * b.width
+        start = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
 
         def line(ky: Index, *sums: Value) -> list[Value]:
             y = b.add(top, b.mul(ky, conv.dilation[0]))
-            start = b.at(x, b.dot((image, y, corner), conv.x_strides[:3]))
-            weights = b.at(w, b.mul(ky, kw * inputs * lanes))
+            source = b.at(x, b.dot((image, y, corner), conv.x_strides[:3]))
+            weights = b.at(panel.weights, b.mul(ky, kw * inputs * lanes))
             if run.inside and self.joined:
-                return self.channels(start, weights, kw * inputs, list(sums), run, 0, vectors)
+                pixels = run.taps[0]
+                return self.channels(
+                    source, weights, kw * inputs, list(sums), pixels, panel.vectors
+                )
             result = list(sums)
             for kx in range(kw):
                 result = self.channels(
-                    b.at(start, kx * conv.dilation[1] * conv.x_strides[2]),
+                    b.at(source, kx * conv.dilation[1] * conv.x_strides[2]),
                     b.at(weights, kx * inputs * lanes),
                     inputs,
                     result,
-                    run,
-                    kx,
-                    vectors,
+                    run.taps[kx],
+                    panel.vectors,
                 )
             return result
 
-        return b.loop(*self._rows_inside(top), line, sums)
+        return b.loop(*self._rows_inside(top), line, start * run.size)
 
     def _rows_inside(self, top: Index) -> tuple[Index, Index]:
         """The taps `low <= ky < high` whose input row is inside the image."""
@@ -307,13 +322,12 @@ class _Emitter:
         w: Value,
         depth: int,
         sums: list[Value],
-        run: Run,
-        tap: int,
+        pixels: tuple[int, int],
         vectors: int,
     ) -> list[Value]:
-        """Add `depth` products to the accumulators of the pixels that `tap` reaches."""
+        """Add `depth` products to the accumulators of the pixels `low <= i < high`."""
         b, conv = self.b, self.conv
-        low, high = run.taps[tap]
+        low, high = pixels
         if low == high:
             return sums
         pixel, step = conv.stride[1] * conv.x_strides[2], conv.x_strides[3]
@@ -348,12 +362,11 @@ class _Emitter:
         self,
         run: Run,
         position: Sequence[Index],
-        channel: Index,
         sums: list[Value],
-        vectors: int,
-        tail: int,
+        panel: _Panel,
     ) -> None:
         b, conv = self.b, self.conv
+        channel, vectors, tail = panel.channel, panel.vectors, panel.tail
         out = b.at(self.y, b.add(b.dot(position, conv.y_strides), channel))
         extras = [
             b.at(pointer, b.dot((*position, channel), strides))
