@@ -113,9 +113,11 @@ def _minimum(b: Builder, x: Value, y: Value) -> Value:
 
 
 def _exp(b: Builder, x: Value) -> Value:
-    x = _minimum(b, _maximum(b, x, _like(b, -104.0, x)), _like(b, 89.0, x))
-    # Adding 1.5 × 2^23 rounds to an integer n in the low bits; NaN stays NaN through r.
-    magic = _like(b, 12582912.0, x)
+    # Results below the smallest normal number are 0, above 2.4e38 they are infinite.
+    x = _minimum(b, _maximum(b, x, _like(b, -88.0, x)), _like(b, 89.0, x))
+    # Adding 1.5 × 2^23 + 127 leaves the biased exponent of 2^n in the low bits, n = x / ln(2)
+    # rounded; NaN stays NaN through r.
+    magic = _like(b, 12583039.0, x)
     rounded = b.fma(x, _like(b, 1.4426950408889634, x), magic)
     n = b.ir.fsub(rounded, magic)
     r = b.fma(n, _like(b, -0.693359375, x), x)
@@ -123,17 +125,9 @@ def _exp(b: Builder, x: Value) -> Value:
     one = _like(b, 1.0, x)
     series = b.fma(b.ir.fmul(r, r), _polynomial(b, r, _EXP), b.ir.fadd(r, one))
     integers = ir.VectorType(I32, x.type.count)
-
-    def splat(number: int) -> ir.Constant:
-        return ir.Constant(integers, [number] * x.type.count)
-
-    bits = b.ir.sub(b.ir.bitcast(rounded, integers), splat(0x4B400000))
-    # 2^n in two factors, so that denormal results and overflow come out as they should.
-    half = b.ir.ashr(bits, splat(1))
-    for exponent in (half, b.ir.sub(bits, half)):
-        power = b.ir.shl(b.ir.add(exponent, splat(127)), splat(23))
-        series = b.ir.fmul(series, b.ir.bitcast(power, x.type))
-    return series
+    shift = ir.Constant(integers, [23] * x.type.count)
+    power = b.ir.shl(b.ir.bitcast(rounded, integers), shift)
+    return b.ir.fmul(series, b.ir.bitcast(power, x.type))
 
 
 def _sigmoid(b: Builder, x: Value) -> Value:
