@@ -20,6 +20,7 @@ _HOME = {
     "compile": "runtime",
     "count": "cost",
     "crosscheck": "cost",
+    "load_compiled": "runtime",
     "measure": "cost",
     "total_learnables": "cost",
 }
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
-    from .runtime import compile
+    from .runtime import compile, load_compiled
 
 
 def __getattr__(name: str) -> Any:

@@ -10,5 +10,6 @@ backend    `compile` and the torch.compile backend
 
 from .backend import compile
 from .compiled import CompiledModel
+from .files import load_compiled
 
-__all__ = ["CompiledModel", "compile"]
+__all__ = ["CompiledModel", "compile", "load_compiled"]

@@ -62,7 +62,7 @@ def compile(
     assert spec_in is not None
     assert spec_out is not None
     compiled = CompiledModel(
-        program, pytree.tree_leaves((args, {})), (spec_in, spec_out), weights, dynamic_batch
+        program, program.argument_shapes, (spec_in, spec_out), weights, dynamic_batch
     )
     if dynamic_batch:
         _check_samples_apart(model, compiled, args)

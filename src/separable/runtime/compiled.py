@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -22,24 +23,24 @@ class CompiledModel:
 
     Attributes:
         program: the steps and their memory.
+        expected: the shape of each argument; `None` where it is no float32 tensor.
+        structures: how arguments and results are nested.
+        dynamic_batch: whether any batch size is accepted.
     """
 
     def __init__(
         self,
         program: Program,
-        examples: Sequence[Any],
+        expected: Sequence[tuple[int, ...] | None],
         structures: tuple[pytree.TreeSpec, pytree.TreeSpec],
         weights: Weights | None,
         dynamic_batch: bool,
     ) -> None:
         self.program = program
-        self._expected = [
-            tuple(x.shape) if buffer is not None else None
-            for x, buffer in zip(examples, program.schedule.inputs, strict=True)
-        ]
-        self._in, self._out = structures
+        self.expected = tuple(expected)
+        self.structures = structures
+        self.dynamic_batch = dynamic_batch
         self._weights = weights
-        self._dynamic = dynamic_batch
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,20 +51,20 @@ class CompiledModel:
             ValueError: if a shape differs from the example's.
         """
         flat, structure = pytree.tree_flatten((args, kwargs))
-        if structure != self._in:
+        if structure != self.structures[0]:
             raise TypeError(
-                f"arguments {structure} differ from the example's {self._in}; "
+                f"arguments {structure} differ from the example's {self.structures[0]}; "
                 "call the model as it was compiled"
             )
-        batch = flat[0].shape[0] if self._dynamic and flat[0].dim() else None
+        batch = flat[0].shape[0] if self.dynamic_batch and flat[0].dim() else None
         inputs = [
             value if shape is None else self._checked(i, value, shape, batch)
-            for i, (value, shape) in enumerate(zip(flat, self._expected, strict=True))
+            for i, (value, shape) in enumerate(zip(flat, self.expected, strict=True))
         ]
         if self._weights is not None and self._weights.changed():
             self._refresh()
         results = self.program(inputs) if batch is None else self._each(inputs, batch)
-        return pytree.tree_unflatten(results, self._out)
+        return pytree.tree_unflatten(results, self.structures[1])
 
     def explain(self, repeats: int = 10) -> Explanation:
         """What runs in which kernel, what was fused, and how fast each is.
@@ -74,13 +75,23 @@ class CompiledModel:
         generator = torch.Generator().manual_seed(0)
         inputs = [
             None if shape is None else torch.randn(shape, generator=generator)
-            for shape in self._expected
+            for shape in self.expected
         ]
         return explain(self.program, inputs, repeats)
 
     def assembly(self, layer: str) -> str:
         """The assembly of the kernels of a layer, named as in `explain()`."""
         return assembly(self.program, layer)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write packed weights and code to a file for `load_compiled`.
+
+        Raises:
+            ValueError: if a part of the model runs in torch.
+        """
+        from .files import save
+
+        save(self, path)
 
     def _checked(
         self, number: int, value: Any, shape: tuple[int, ...], batch: int | None
@@ -98,7 +109,7 @@ class CompiledModel:
             raise ValueError(
                 f"argument {number} (of shape {tuple(value.shape)}) must have the shape {shape} "
                 "the model was compiled for; compile it again for another"
-                + ("" if self._dynamic else ", or for any batch with `dynamic_batch=True`")
+                + ("" if self.dynamic_batch else ", or for any batch with `dynamic_batch=True`")
             )
         return value.detach().contiguous()
 

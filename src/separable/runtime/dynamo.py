@@ -79,7 +79,7 @@ class GraphRunner:
         assert spec is not None
         examples = [args[i] for i in inputs]
         _, structure = pytree.tree_flatten((tuple(examples), {}))
-        inner = CompiledModel(program, examples, (structure, spec), weights, False)
+        inner = CompiledModel(program, program.argument_shapes, (structure, spec), weights, False)
 
         def run(*args: Any) -> Any:
             for i in fixed:

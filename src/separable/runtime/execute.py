@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import jit
 from .emit import driver
+from .emit.kernel import Kernel
 from .graph import Node
 from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
@@ -69,7 +70,13 @@ class Program:
         constant_bytes: packed weights.
     """
 
-    def __init__(self, schedule: Schedule, machine: Machine, threads: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        machine: Machine,
+        threads: int,
+        objects: Mapping[Kernel, bytes] | None = None,
+    ) -> None:
         self.schedule, self.machine, self.threads = schedule, machine, threads
         steps = schedule.steps
         self._arena = plan_arena([[buffer for buffer, _ in s.arguments] for s in steps])
@@ -79,7 +86,14 @@ class Program:
             offset += aligned(buffer.size)
         self._constants = offset
         self.arena_bytes, self.constant_bytes = self._arena * _FLOAT, offset * _FLOAT
-        self._codes = {s.kernel: jit.compile_ir(s.kernel.ir, machine) for s in steps if s.kernel}
+        objects = objects or {}
+        self._codes: dict[Kernel, jit.Code] = {}
+        for step in steps:
+            kernel = step.kernel
+            if kernel and kernel in objects:
+                self._codes[kernel] = jit.load_object(objects[kernel], machine)
+            elif kernel and kernel not in self._codes:
+                self._codes[kernel] = jit.compile_ir(kernel.ir, machine)
         self._table = self._step_table()
         self._segments = self._cut()
         self._launch = jit.foreign(driver_code(host()), "launch", *[ctypes.c_int64] * 3)
@@ -126,6 +140,23 @@ class Program:
 
     # -- weights ----------------------------------------------------------------------------------
 
+    @property
+    def objects(self) -> dict[Kernel, bytes]:
+        """The object file of each kernel."""
+        return {kernel: code.binary for kernel, code in self._codes.items()}
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The packed weights, flat."""
+        assert self._weights is not None
+        return self._weights
+
+    def adopt(self, weights: torch.Tensor) -> None:
+        """Take weights that a program like this one packed."""
+        if weights.numel() != max(self._constants, 1):
+            raise ValueError(f"`weights` has {weights.numel()} floats, not {self._constants}")
+        self._weights = _aligned_floats(self._constants).copy_(weights)
+
     def pack(self) -> None:
         """Compute the packed weights anew; calls that are running keep the old ones."""
         weights = _aligned_floats(self._constants)
@@ -167,6 +198,11 @@ class Program:
             frame.values.clear()
             with self._lock:
                 self._frames.append(frame)
+
+    @property
+    def argument_shapes(self) -> list[tuple[int, ...] | None]:
+        """The shape of each argument, `None` if it is no float32 tensor."""
+        return [node.shape for node in self.schedule.arguments]
 
     @property
     def result_shapes(self) -> list[tuple[int, ...] | None]:

@@ -73,7 +73,7 @@ def compile_ir(ir: str, machine: Machine) -> Code:
 
 def load_object(binary: bytes, machine: Machine) -> Code:
     """Load an object file made for this machine earlier; the caller has checked its origin."""
-    key = _DIGEST(machine.key.encode() + binary).hexdigest()
+    key = _DIGEST(machine.key.encode() + b"|" + binary).hexdigest()
     with _LOCK:
         code = _LOADED.get(key)
         if code is None:
