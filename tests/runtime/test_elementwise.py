@@ -66,8 +66,21 @@ MAPS = {
     "broadcast-inner": ((4, 9), ((9, 1), (1, 0)), (9, 1)),
     "transposed": ((6, 5, 13), ((1, 78, 6), (65, 13, 1)), (65, 13, 1)),
     "scattered": ((7, 11), ((11, 1), (11, 1)), (1, 7)),
+    "turned": ((3, 19, 21), ((399, 1, 19),), (399, 21, 1)),
+    "turned-small": ((5, 3), ((1, 5),), (3, 1)),
     "many-rows": ((700, 19), ((19, 1), (19, 1)), (19, 1)),
 }
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(3)), st.tuples(*[st.integers(1, 35)] * 3))
+def test_changes_of_layout(order: list[int], sizes: tuple[int, int, int]) -> None:
+    x = random(*sizes)
+    turned = x.permute(order)
+    target = turned.contiguous()
+    does = Map(tuple(turned.shape), (turned.stride(),), target.stride(), ("add", operand(0), 1.0))
+    y = run(Kernel(does, host()), [x], x.numel()).view(turned.shape)
+    assert torch.equal(y, turned + 1)
 
 
 @pytest.mark.parametrize(("sizes", "x_strides", "y_strides"), MAPS.values(), ids=MAPS.keys())
@@ -79,7 +92,9 @@ def test_maps(
 ) -> None:
     count = torch.Size(sizes).numel()
     operands = [random(count, seed=seed) for seed in range(2)]
-    does = Map(sizes, x_strides, y_strides, ("fma", operand(0), operand(1), 0.5))
+    second = operand(len(x_strides) - 1)
+    does = Map(sizes, x_strides, y_strides, ("fma", operand(0), second, 0.5))
+    operands = operands[: len(x_strides)]
     y = run(Kernel(does, machine), operands, count).as_strided(sizes, y_strides)
     exact = elementwise.reference(does, [x.double() for x in operands])
     assert_as_exact_as_eager(y, elementwise.reference(does, operands), exact)

@@ -312,17 +312,17 @@ class Program:
             jobs.append(np.array([fields[name] for name in driver.JOB], dtype=np.int64))
         return _Frame(arena, bases, jobs, counters, self._table)
 
-    def step_runner(self, frame_inputs: Sequence[Any]) -> Callable[[int], None]:
-        """A function that runs one native step alone on one thread, to time it."""
+    def step_runner(self, frame_inputs: Sequence[Any]) -> Callable[[int, int], None]:
+        """A function that runs native steps `first <= i < last` on one thread, to time them."""
         frame = self._new_frame()
         outputs = self._outputs()
         self._bind(frame, frame_inputs, outputs)
         job = frame.jobs[0].copy()
         keep = (frame, outputs, frame_inputs)
 
-        def run(number: int) -> None:
+        def run(first: int, last: int) -> None:
             assert keep
-            fields = {"first": number, "last": number + 1, "slots": 1, "active": 1}
+            fields = {"first": first, "last": last, "slots": 1, "active": 1}
             for name, value in fields.items():
                 job[driver.JOB.index(name)] = value
             self._launch(job.ctypes.data, 0, 0)

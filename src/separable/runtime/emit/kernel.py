@@ -41,7 +41,7 @@ class Kernel:
             case Window():
                 return window.tasks(self.does)
             case Map():
-                return elementwise.tasks(self.does)
+                return elementwise.tasks(self.does, self.machine)
             case Mean():
                 return reduction.mean_tasks(self.does, self.machine)
             case Rows():
