@@ -139,7 +139,8 @@ def _batch_norm(
     full = (shape_of(mean)[0], *shape[1:])
 
     def factor() -> torch.Tensor:
-        deviation: torch.Tensor = torch.sqrt(read_var() + eps)
+        # In float64: what is folded into the weights is rounded once.
+        deviation: torch.Tensor = torch.sqrt(read_var().double() + eps)
         return ((scale() if scale else 1) / deviation).reshape(shape)
 
     def shift() -> torch.Tensor:

@@ -57,6 +57,15 @@ def _flatten(x: Node, start: int = 0, end: int = -1) -> Lowered:
     return view(x, "reshape", (*shape[:start], joined, *shape[end + 1 :]))
 
 
+@lowers("unflatten.int")
+def _unflatten(x: Node, dim: int, sizes: Sequence[int]) -> Lowered:
+    shape = shape_of(x)
+    dim %= len(shape)
+    known = math.prod(size for size in sizes if size != -1)
+    parts = [shape[dim] // known if size == -1 else size for size in sizes]
+    return view(x, "reshape", (*shape[:dim], *parts, *shape[dim + 1 :]))
+
+
 @lowers("squeeze.dim", "squeeze.dims", "squeeze.default")
 def _squeeze(x: Node, dims: Any = None) -> Lowered:
     rank = len(shape_of(x))
