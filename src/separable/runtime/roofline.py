@@ -12,8 +12,8 @@ from .emit.builder import Builder
 from .machine import Machine
 
 _CHAINS = 12  # independent sums: two multiply-adds a cycle, four to five cycles each
-_TURNS = 4_000
-_BURSTS = 8  # short ones, so that some escape a busy neighbour
+_TURNS = 40_000
+_BURSTS = 4  # of some 80 µs: long beside the call, short enough to escape a busy neighbour
 _BYTES = 8 << 20
 
 
