@@ -23,17 +23,20 @@ def test_public_names():
         "__version__",
         "apply",
         "compare",
+        "compile",
         "conversion",
         "convert",
         "cost",
         "count",
         "crosscheck",
         "load",
+        "load_compiled",
         "measure",
         "merge",
         "models",
         "nn",
         "plan",
+        "runtime",
         "save",
         "total_learnables",
     }
@@ -47,7 +50,7 @@ def test_every_public_name_loads_and_says_what_it_is(name):
     assert getattr(separable, name) is value
 
 
-@pytest.mark.parametrize("room", ["nn", "cost", "models", "conversion"])
+@pytest.mark.parametrize("room", ["nn", "cost", "models", "conversion", "runtime"])
 def test_every_name_of_a_room_loads(room):
     module = getattr(separable, room)
     assert module.__all__ == sorted(module.__all__)

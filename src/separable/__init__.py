@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime")
 
 _HOME = {
     "Account": "cost",
@@ -19,10 +19,12 @@ _HOME = {
     "Plan": "conversion",
     "apply": "conversion",
     "compare": "cost",
+    "compile": "runtime",
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
     "load": "conversion",
+    "load_compiled": "runtime",
     "measure": "cost",
     "merge": "conversion",
     "plan": "conversion",
@@ -38,23 +40,26 @@ __all__ = [
     "__version__",
     "apply",
     "compare",
+    "compile",
     "conversion",
     "convert",
     "cost",
     "count",
     "crosscheck",
     "load",
+    "load_compiled",
     "measure",
     "merge",
     "models",
     "nn",
     "plan",
+    "runtime",
     "save",
     "total_learnables",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn
+    from . import conversion, cost, models, nn, runtime
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .runtime import compile, load_compiled
 
 
 def __getattr__(name: str) -> Any:

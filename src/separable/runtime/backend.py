@@ -1,0 +1,113 @@
+"""`compile`: a network in, machine code for this CPU out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from . import machine as machines
+from .compiled import CompiledModel
+from .execute import Program
+from .graph import Graph, Recipe, optimise
+from .importing import NeedsFunctionalisation, import_graph
+from .schedule import schedule
+from .weights import Weights, exported_weights
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: torch.Tensor | Sequence[Any],
+    threads: int | None = None,
+    isa: str | None = None,
+    dynamic_batch: bool = False,
+) -> CompiledModel:
+    """Generate machine code for a network, for this CPU and these shapes.
+
+    Args:
+        model: in eval mode, on the CPU.
+        example_inputs: its arguments, float32; only their shapes matter.
+        threads: how many cores one call may use; all that this process may use if `None`.
+        isa: `"avx512"`, `"avx2"`, `"sse2"` or `"neon"`; the best one here if `None`.
+        dynamic_batch: accept any batch size; samples then run one after another.
+
+    Returns:
+        The compiled model. Operators without a kernel still run in torch; `explain()` names them.
+
+    Raises:
+        ValueError: if the model is in training mode, writes into its inputs, or mixes the samples
+            of a batch though `dynamic_batch` is asked for.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "`model` must be in eval mode, as only inference is compiled: model.eval()"
+        )
+    count = machines.cores() if threads is None else threads
+    if count < 1:
+        raise ValueError(f"`threads` (={threads}) must be at least 1")
+    machine = machines.host(isa)
+    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    if dynamic_batch:
+        if not all(isinstance(x, torch.Tensor) and x.dim() for x in args):
+            raise ValueError("`dynamic_batch=True` takes tensors with a batch axis only")
+        args = tuple(x[:1] for x in args)
+    weights = Weights()
+    with torch.no_grad():
+        exported = torch.export.export(model, args)
+        program = build(exported, machine, count, lambda p: exported_weights(p, model, weights))
+    spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
+    assert spec_in is not None
+    assert spec_out is not None
+    compiled = CompiledModel(
+        program, program.argument_shapes, (spec_in, spec_out), weights, dynamic_batch
+    )
+    if dynamic_batch:
+        _check_samples_apart(model, compiled, args)
+    return compiled
+
+
+def build(
+    exported: torch.export.ExportedProgram,
+    machine: machines.Machine,
+    threads: int,
+    constants: Callable[[torch.export.ExportedProgram], dict[str, Recipe]],
+) -> Program:
+    """Take an exported graph through all passes to a program that can run.
+
+    Args:
+        exported: the graph.
+        machine: the CPU to generate for.
+        threads: of one call.
+        constants: by placeholder, how to read the weights of a graph.
+    """
+
+    def translate(program: torch.export.ExportedProgram) -> Graph:
+        module = program.graph_module
+        return import_graph(program.graph, constants(program), lambda name: getattr(module, name))
+
+    try:
+        graph = translate(exported)
+    except NeedsFunctionalisation:
+        graph = translate(exported.run_decompositions({}))
+    program = Program(schedule(optimise(graph), machine, threads), machine, threads)
+    program.pack()
+    return program
+
+
+def _check_samples_apart(
+    model: nn.Module, compiled: CompiledModel, args: tuple[torch.Tensor, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = [torch.randn(3, *x.shape[1:], generator=generator) for x in args]
+    with torch.no_grad():
+        expected = pytree.tree_leaves(model(*batch))
+    actual = pytree.tree_leaves(compiled(*batch))
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                "`dynamic_batch=True` needs a model whose samples do not depend on one another; "
+                "compile it for one batch size instead"
+            )

@@ -1,0 +1,307 @@
+"""The same network in several runtimes, side by side in one process, in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import io
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from prettytable import PrettyTable, TableStyle
+from torch import nn
+from tqdm import tqdm
+
+from . import machine as machines
+from .backend import compile as compile_model
+from .roofline import Peak
+
+Runner = Callable[[], Any]
+_BURST = 4  # runs per turn, the first of which only warms the caches
+_TOLERANCE = 1e-3  # of the largest output, by which a result may differ from eager's
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One runtime's time.
+
+    Attributes:
+        runtime: its name.
+        version: of its package.
+        median: milliseconds per call.
+        low: first quartile.
+        high: third quartile.
+        best: the fastest call.
+        error: largest difference to eager's output, relative to the largest output.
+        note: why there is no time, if there is none.
+    """
+
+    runtime: str
+    version: str
+    median: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    best: float = 0.0
+    error: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One network at one input size and thread count.
+
+    Attributes:
+        network: its name.
+        input_size: of the input.
+        threads: per call.
+        macs: multiply-accumulates in the kernels of `separable`.
+        peak_gflops: of one core, measured in the same run.
+        timings: one per runtime.
+        conditions: machine, versions and date.
+    """
+
+    network: str
+    input_size: tuple[int, ...]
+    threads: int
+    macs: int
+    peak_gflops: float
+    timings: tuple[Timing, ...]
+    conditions: dict[str, str]
+
+    @property
+    def advantage(self) -> float:
+        """The best other median over that of `separable`; below 1 where it loses."""
+        times = {t.runtime: t.median for t in self.timings if t.median}
+        own = times.pop("separable", 0.0)
+        return min(times.values()) / own if own and times else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        return dataclasses.asdict(self) | {"advantage": self.advantage}
+
+    def __str__(self) -> str:
+        table = PrettyTable()
+        table.set_style(TableStyle.MARKDOWN)
+        table.field_names = ["runtime", "version", "median ms", "quartiles", "best", "error"]
+        table.align = "r"
+        table.align["runtime"] = "l"
+        for t in self.timings:
+            row = [
+                f"{t.median:.2f}",
+                f"{t.low:.2f}-{t.high:.2f}",
+                f"{t.best:.2f}",
+                f"{t.error:.0e}",
+            ]
+            table.add_row([t.runtime, t.version, *(row if t.median else [t.note, "", "", ""])])
+        size = "×".join(map(str, self.input_size))
+        own = next((t.best for t in self.timings if t.runtime == "separable"), 0.0)
+        share = 2e-6 * self.macs / own / self.peak_gflops / self.threads if own else 0.0
+        return (
+            f"{self.network}, {size}, {self.threads} thread(s)\n{table}\n"
+            f"{self.advantage:.2f} times the best other; best run at {share:.0%} of the "
+            f"multiply-add peak ({self.peak_gflops:.0f} GFLOP/s per core, same run)"
+        )
+
+
+def benchmark(
+    model: nn.Module,
+    input_size: Sequence[int],
+    threads: int = 1,
+    against: Sequence[str] = ("eager", "channels_last", "inductor", "onnxruntime", "openvino"),
+    turns: int = 30,
+    network: str = "",
+    isa: str | None = None,
+) -> Benchmark:
+    """Time a network in `separable` and other runtimes, in turns, outputs checked first.
+
+    Args:
+        model: in eval mode; takes and returns one float32 tensor.
+        input_size: of its input.
+        threads: that every runtime may use.
+        against: any of `"eager"`, `"channels_last"`, `"inductor"`, `"onnxruntime"`, `"openvino"`.
+        turns: how often each runtime's turn comes; each turn is three measured calls.
+        network: its name in the result.
+        isa: the instruction set of `separable`.
+
+    Raises:
+        ValueError: if a runtime is unknown.
+    """
+    unknown = set(against) - set(_RUNTIMES)
+    if unknown:
+        raise ValueError(f"`against` has {sorted(unknown)}; known are {', '.join(_RUNTIMES)}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            return _benchmark(model, tuple(input_size), threads, against, turns, network, isa)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _benchmark(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    threads: int,
+    against: Sequence[str],
+    turns: int,
+    network: str,
+    isa: str | None,
+) -> Benchmark:
+    x = torch.randn(input_size, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    compiled = compile_model(model, x, threads=threads, isa=isa)
+    runners: dict[str, Runner] = {"separable": lambda: compiled(x)}
+    notes: dict[str, str] = {}
+    for name in against:
+        try:
+            runners[name] = _RUNTIMES[name](model, x, threads)
+            runners[name]()
+        except Exception as error:  # a runtime that is missing or fails is a row of the table
+            runners.pop(name, None)
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    errors: dict[str, float] = {}
+    for name, run in list(runners.items()):
+        result = torch.as_tensor(np.asarray(run()))
+        errors[name] = float((result - expected).abs().max() / expected.abs().max())
+        if not errors[name] < _TOLERANCE:
+            runners.pop(name)
+            notes[name] = f"wrong output, error {errors[name]:.1e}"
+    peak = Peak(compiled.program.machine)
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in tqdm(range(turns), desc=network or "benchmark", leave=False, disable=None):
+        for name, run in runners.items():
+            for number in range(_BURST):
+                start = time.perf_counter()
+                run()
+                if number:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+        peak.measure()
+    timings = []
+    for name in ("separable", *against):
+        version = _version(name)
+        if name in notes:
+            timings.append(Timing(name, version, note=notes[name]))
+            continue
+        low, median, high = statistics.quantiles(times[name], n=4)
+        timings.append(Timing(name, version, median, low, high, min(times[name]), errors[name]))
+    steps = compiled.program.schedule.steps
+    return Benchmark(
+        network=network,
+        input_size=input_size,
+        threads=threads,
+        macs=sum(step.kernel.does.macs for step in steps if step.kernel),
+        peak_gflops=peak.flops / 1e9,
+        timings=tuple(timings),
+        conditions=conditions(compiled.program.machine),
+    )
+
+
+def conditions(machine: machines.Machine) -> dict[str, str]:
+    """Where and when: what a figure is worth little without."""
+    return {
+        "cpu": machine.cpu,
+        "isa": machine.isa,
+        "cores": str(machines.cores()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _version(runtime: str) -> str:
+    package = {"onnxruntime": "onnxruntime", "openvino": "openvino", "separable": "separable"}
+    try:
+        return importlib.metadata.version(package.get(runtime, "torch")).split("-")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _eager(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
+    return lambda: model(x)
+
+
+def _channels_last(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
+    import copy
+
+    clone = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    y = x.to(memory_format=torch.channels_last)
+    return lambda: clone(y)
+
+
+def _inductor(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
+    import torch._inductor.config as config
+
+    with config.patch(freezing=True):
+        compiled = torch.compile(model)
+        with torch.no_grad():
+            compiled(x)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return compiled(x)
+
+    return run
+
+
+def _onnx(model: nn.Module, x: torch.Tensor) -> bytes:
+    import logging
+    import warnings
+
+    file: Any = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+        finally:
+            logging.disable(logging.NOTSET)
+    assert program is not None
+    program.save(file)
+    return bytes(file.getvalue())
+
+
+def _onnxruntime(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Its idle threads would spin into the next runtime's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(
+        _onnx(model, x), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def _openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(core.read_model(_onnx(model, x)), "CPU", settings)
+    request = compiled.create_infer_request()
+    data = x.numpy()
+    return lambda: next(iter(request.infer([data]).values()))
+
+
+_RUNTIMES: dict[str, Callable[[nn.Module, torch.Tensor, int], Runner]] = {
+    "eager": _eager,
+    "channels_last": _channels_last,
+    "inductor": _inductor,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}

@@ -1,0 +1,1 @@
+"""The kernel generators: one file per kernel family."""

@@ -1,0 +1,419 @@
+"""Convolutions as outer products in registers: pointwise, dense, grouped, and linear layers.
+
+    for each task (rows × blocks of columns × groups × panels):
+      for each panel of output channels, for each row, for each block of pixels:
+        accumulators = bias
+        for each tap inside the image, for each input channel:
+          accumulators += input pixels (broadcast) × weights (vectors)
+        output = epilogue(accumulators, extras)
+
+Pixels × vectors of the block are the tile; all its accumulators live in registers. A pointwise
+convolution over dense memory is one row of N·H·W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..machine import Machine
+from . import expression
+from .builder import Builder, Index, Value
+from .expression import Expression
+from .tiling import Run, even_sizes, vector_panels, window_runs
+
+_UNROLL = 256  # multiply-adds of straight-line code per channel loop, at most about
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution; every size and stride is fixed, all strides count floats.
+
+    Attributes:
+        batch: images.
+        size: output (height, width).
+        in_size: input (height, width).
+        channels: (input, output) channels per group.
+        groups: of the channels.
+        kernel: (height, width) of the filter.
+        stride: of the filter.
+        padding: zeros before the first row and column.
+        dilation: of the filter.
+        x_strides: input strides along (N, H, W, C).
+        y_strides: output strides along (N, H, W); channels are neighbours.
+        extra_strides: strides along (N, H, W, C) of each further operand; C's is 0 or 1.
+        epilogue: of the sum with bias (operand 0) and the extras (1, 2, ...).
+    """
+
+    batch: int
+    size: tuple[int, int]
+    in_size: tuple[int, int]
+    channels: tuple[int, int]
+    x_strides: tuple[int, ...]
+    y_strides: tuple[int, ...]
+    groups: int = 1
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    extra_strides: tuple[tuple[int, ...], ...] = ()
+    epilogue: Expression = ("x", 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, padding included."""
+        pixels = self.batch * self.size[0] * self.size[1]
+        return pixels * self.groups * self.depth * self.channels[1]
+
+    @property
+    def depth(self) -> int:
+        """Products summed per output."""
+        return self.channels[0] * self.kernel[0] * self.kernel[1]
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """How a convolution is cut.
+
+    Attributes:
+        pixels: most pixels per block.
+        vectors: most vectors of output channels per block.
+        rows: rows per task.
+        blocks: blocks of columns per task.
+        panels: tasks that share the panels of one group.
+    """
+
+    pixels: int
+    vectors: int
+    rows: int
+    blocks: int
+    panels: int
+
+
+def task_grid(conv: Conv, tile: ConvTile) -> tuple[int, int, int, int]:
+    """Tasks along (rows, blocks of columns, groups, panels)."""
+    blocks = len(even_sizes(conv.size[1], tile.pixels))
+    return (
+        -(-conv.batch * conv.size[0] // tile.rows),
+        -(-blocks // tile.blocks),
+        conv.groups,
+        tile.panels,
+    )
+
+
+def pack(
+    conv: Conv, tile: ConvTile, machine: Machine, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay weights out in the order the kernel reads them.
+
+    Args:
+        conv: the convolution.
+        tile: how it is cut.
+        machine: its vector width decides the layout.
+        weight: `[groups × out, in, kh, kw]`.
+        bias: `[groups × out]` or `None`.
+
+    Returns:
+        Weights `[groups][panel][kh][kw][in][vectors × width]` and bias `[groups][vectors × width]`,
+        output channels filled up with zeros to whole vectors, both flat.
+    """
+    inputs, outputs = conv.channels
+    padded = -(-outputs // machine.width) * machine.width
+    w = weight.detach().reshape(conv.groups, outputs, inputs, *conv.kernel).permute(0, 3, 4, 2, 1)
+    w = F.pad(w.reshape(conv.groups, conv.depth, outputs), (0, padded - outputs))
+    panels = []
+    for first, count, vectors, _ in vector_panels(outputs, machine.width, tile.vectors):
+        lanes = vectors * machine.width
+        start = first * machine.width
+        part = w[:, :, start : start + count * lanes].reshape(conv.groups, conv.depth, count, lanes)
+        panels.append(part.transpose(1, 2).reshape(conv.groups, -1))
+    b = weight.new_zeros(conv.groups * outputs) if bias is None else bias.detach()
+    b = F.pad(b.reshape(conv.groups, outputs), (0, padded - outputs))
+    return torch.cat(panels, 1).flatten(), b.flatten()
+
+
+def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
+    """Generate the kernel; its arguments are input, weights, bias, extras and output."""
+    return _Emitter(conv, tile, machine).text
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Output channels that are computed together.
+
+    Attributes:
+        weights: where theirs start.
+        bias: where theirs starts.
+        channel: the first of them.
+        vectors: how many vectors they fill.
+        tail: channels in the last vector.
+    """
+
+    weights: Value
+    bias: Value
+    channel: Index
+    vectors: int
+    tail: int
+
+
+class _Emitter:
+    def __init__(self, conv: Conv, tile: ConvTile, machine: Machine) -> None:
+        self.conv, self.tile, self.machine = conv, tile, machine
+        self.b = b = Builder(machine, 4 + len(conv.extra_strides))
+        self.x, self.w, self.bias, *self.extras, self.y = b.pointers
+        inputs, outputs = conv.channels
+        self.padded = -(-outputs // machine.width) * machine.width
+        kw, dilation = conv.kernel[1], conv.dilation[1]
+        self.runs = window_runs(
+            conv.size[1],
+            tile.pixels,
+            conv.in_size[1],
+            kw,
+            conv.stride[1],
+            conv.padding[1],
+            dilation,
+        )
+        # Taps of a row that lie behind one another in memory are one longer row of channels.
+        self.joined = conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and dilation == 1
+        self.panels = vector_panels(outputs, machine.width, tile.vectors)
+        b.loop(b.begin, b.end, self.task)
+        self.text = b.finish()
+
+    def task(self, t: Index) -> None:
+        b, conv, tile = self.b, self.conv, self.tile
+        rows, columns, group, share = b.split(t, task_grid(conv, tile))
+        first_row = b.mul(rows, tile.rows)
+        last_row = b.minimum(b.add(first_row, tile.rows), conv.batch * conv.size[0])
+        first_block = b.mul(columns, tile.blocks)
+        last_block = b.add(first_block, tile.blocks)
+        inputs, outputs = conv.channels
+        x = b.at(self.x, b.mul(group, inputs * conv.x_strides[3]))
+        w = b.at(self.w, b.mul(group, self.padded * conv.depth))
+        out_channel = b.mul(group, outputs)
+
+        def panel_run(first: int, count: int, vectors: int, tail: int) -> None:
+            low, high = self._share(share, first, count, vectors)
+
+            def one(p: Index) -> None:
+                vector = b.add(first, b.mul(p, vectors))
+                lane = b.mul(vector, self.machine.width)
+                panel = _Panel(
+                    weights=b.at(w, b.mul(lane, conv.depth)),
+                    bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
+                    channel=b.add(out_channel, lane),
+                    vectors=vectors,
+                    tail=tail,
+                )
+
+                def row(r: Index) -> None:
+                    for run in self.runs:
+                        self.row_of_blocks(run, r, first_block, last_block, x, panel)
+
+                b.loop(first_row, last_row, row)
+
+            b.loop(low, high, one)
+
+        for run in self.panels:
+            panel_run(*run)
+
+    def _share(self, share: Index, first: int, count: int, vectors: int) -> tuple[Index, Index]:
+        """The panels of a run that belong to one share: those whose first vector does."""
+        if self.tile.panels == 1:
+            return 0, count
+        b = self.b
+        total = self.padded // self.machine.width
+
+        def bound(s: Index) -> Index:
+            # ceil((s × total / panels - first) / vectors), clipped to the run
+            vector = b.divmod(b.add(b.mul(s, total), self.tile.panels - 1), self.tile.panels)[0]
+            ahead = b.maximum(b.add(vector, vectors - 1 - first), 0)
+            return b.minimum(b.divmod(ahead, vectors)[0], count)
+
+        return bound(share), bound(b.add(share, 1))
+
+    def row_of_blocks(
+        self,
+        run: Run,
+        r: Index,
+        first_block: Index,
+        last_block: Index,
+        x: Value,
+        panel: _Panel,
+    ) -> None:
+        b, conv = self.b, self.conv
+        image, row = b.divmod(r, conv.size[0])
+        if conv.batch == 1:
+            image, row = 0, r
+
+        def block(number: Index) -> None:
+            column = b.add(run.start, b.mul(b.add(number, -run.first), run.size))
+            sums = self.taps(run, (image, row, column), x, panel)
+            self.epilogue(run, (image, row, column), sums, panel)
+
+        if len(self.runs) == 1 and self.tile.blocks >= run.count:
+            b.loop(0, run.count, block)
+        elif self.tile.blocks >= sum(each.count for each in self.runs):
+            b.loop(run.first, run.first + run.count, block)
+        else:
+            b.loop(
+                b.maximum(first_block, run.first),
+                b.minimum(last_block, run.first + run.count),
+                block,
+            )
+
+    def taps(
+        self,
+        run: Run,
+        position: Sequence[Index],
+        x: Value,
+        panel: _Panel,
+    ) -> list[Value]:
+        b, conv = self.b, self.conv
+        image, row, column = position
+        kw, inputs = conv.kernel[1], conv.channels[0]
+        top = b.add(b.mul(row, conv.stride[0]), -conv.padding[0])
+        corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
+        lanes = panel.vectors * b.width
+        start = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
+
+        def line(ky: Index, *sums: Value) -> list[Value]:
+            y = b.add(top, b.mul(ky, conv.dilation[0]))
+            source = b.at(x, b.dot((image, y, corner), conv.x_strides[:3]))
+            weights = b.at(panel.weights, b.mul(ky, kw * inputs * lanes))
+            if run.inside and self.joined:
+                pixels = run.taps[0]
+                return self.channels(
+                    source, weights, kw * inputs, list(sums), pixels, panel.vectors
+                )
+            result = list(sums)
+            for kx in range(kw):
+                result = self.channels(
+                    b.at(source, kx * conv.dilation[1] * conv.x_strides[2]),
+                    b.at(weights, kx * inputs * lanes),
+                    inputs,
+                    result,
+                    run.taps[kx],
+                    panel.vectors,
+                )
+            return result
+
+        return b.loop(*self._rows_inside(top), line, start * run.size)
+
+    def _rows_inside(self, top: Index) -> tuple[Index, Index]:
+        """The taps `low <= ky < high` whose input row is inside the image."""
+        b, conv = self.b, self.conv
+        kh, d = conv.kernel[0], conv.dilation[0]
+        if (
+            conv.padding[0] == 0
+            and conv.size[0] * conv.stride[0] <= conv.in_size[0] - (kh - 1) * d + conv.stride[0] - 1
+        ):
+            return 0, kh
+        low = b.divmod(b.maximum(b.add(b.mul(top, -1), d - 1), 0), d)[0]
+        room = b.add(b.add(b.mul(top, -1), conv.in_size[0]), d - 1)
+        high = b.minimum(b.divmod(b.maximum(room, 0), d)[0], kh)
+        return low, high
+
+    def channels(
+        self,
+        x: Value,
+        w: Value,
+        depth: int,
+        sums: list[Value],
+        pixels: tuple[int, int],
+        vectors: int,
+    ) -> list[Value]:
+        """Add `depth` products to the accumulators of the pixels `low <= i < high`."""
+        b, conv = self.b, self.conv
+        low, high = pixels
+        if low == high:
+            return sums
+        pixel, step = conv.stride[1] * conv.x_strides[2], conv.x_strides[3]
+
+        def product(k: Index, ahead: int, sums: list[Value]) -> list[Value]:
+            source = b.at(x, b.mul(k, step), ahead * step)
+            weights = b.at(w, b.mul(k, vectors * b.width), ahead * vectors * b.width)
+            columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
+            result = list(sums)
+            for i in range(low, high):
+                value = b.broadcast(b.load_scalar(b.at(source, i * pixel)))
+                for v, column in enumerate(columns):
+                    at = i * vectors + v
+                    result[at] = b.fma(value, column, sums[at])
+            return result
+
+        def products(k: Index, *sums: Value) -> list[Value]:
+            result = list(sums)
+            for ahead in range(unroll):
+                result = product(k, ahead, result)
+            return result
+
+        cost = (high - low) * vectors
+        unroll = depth if depth * cost <= _UNROLL else min(4, max(1, _UNROLL // cost))
+        whole = depth - depth % unroll
+        sums = b.loop(0, whole, products, sums, step=unroll)
+        for k in range(whole, depth):
+            sums = product(0, k, sums)
+        return sums
+
+    def epilogue(
+        self,
+        run: Run,
+        position: Sequence[Index],
+        sums: list[Value],
+        panel: _Panel,
+    ) -> None:
+        b, conv = self.b, self.conv
+        channel, vectors, tail = panel.channel, panel.vectors, panel.tail
+        out = b.at(self.y, b.add(b.dot(position, conv.y_strides), channel))
+        extras = [
+            b.at(pointer, b.dot((*position, channel), strides))
+            for pointer, strides in zip(self.extras, conv.extra_strides, strict=True)
+        ]
+        for i in range(run.size):
+            for v in range(vectors):
+                count = tail if v == vectors - 1 else b.width
+
+                def load(number: int, i: int = i, v: int = v, count: int = count) -> Value:
+                    if number == 0:
+                        return sums[i * vectors + v]
+                    *_, along, lane = conv.extra_strides[number - 1]
+                    source = b.at(extras[number - 1], i * along + v * b.width * lane)
+                    if lane == 0:
+                        return b.broadcast(b.load_scalar(source))
+                    return b.load(source, count)
+
+                value = expression.emit(b, conv.epilogue, load)
+                b.store(value, b.at(out, i * conv.y_strides[2] + v * b.width), count)
+
+
+def reference(
+    conv: Conv,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    extras: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """The same in plain torch.
+
+    Args:
+        conv: the convolution.
+        x: `[N, groups × in, H, W]`.
+        weight: `[groups × out, in, kh, kw]`.
+        bias: `[groups × out]` or `None`.
+        extras: tensors that broadcast to the output.
+
+    Returns:
+        `[N, groups × out, *size]`.
+    """
+    sizes = zip(conv.size, conv.in_size, conv.kernel, conv.stride, conv.dilation, strict=True)
+    # Enough zeros behind the image for the last window, however the padding was given.
+    after = [
+        (out - 1) * s + (k - 1) * d + 1 - inside - before
+        for (out, inside, k, s, d), before in zip(sizes, conv.padding, strict=True)
+    ]
+    x = F.pad(x, (conv.padding[1], after[1], conv.padding[0], after[0]))
+    out = F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+    return expression.evaluate(conv.epilogue, [out, *extras])

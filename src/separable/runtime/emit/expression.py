@@ -1,0 +1,234 @@
+"""Elementwise arithmetic as small trees: activations, residuals and gates in one vocabulary.
+
+An expression is a number, an operand `("x", i)`, or `(primitive, *expressions)`; being nested
+tuples, it is hashable and part of what a kernel is specialised to. `PRIMITIVES` says what each
+primitive is in torch and as vector code; everything else is composed of them, so a new activation
+is one line in `ACTIVATIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from llvmlite import ir
+
+from .builder import I32, Builder, Value
+
+Expression = Any
+
+# exp(r) = 1 + r + r² P(r) for |r| <= ln(2) / 2, relative error 3e-9
+_EXP = (0.49999994, 0.1666652, 0.041668393, 0.008368781, 0.0013814461)
+# tanh(x) = x + x³ P(x²) for |x| <= 0.625, relative error 4e-9
+_TANH = (-0.3333328, 0.13331442, -0.05373972, 0.020639097, -0.0057049962)
+# P[X < -a] = exp(-a² / 2) P(1 / (1 + 0.3 a)) for normal X and a >= 0, relative error 6e-8
+_TAIL = (
+    7.1695786e-06,
+    0.11948767,
+    0.12192045,
+    0.09468306,
+    0.14253667,
+    -0.07650834,
+    0.22866182,
+    -0.169167,
+    0.03837848,
+)
+
+
+def operand(i: int) -> Expression:
+    """The `i`-th input."""
+    return ("x", i)
+
+
+def relu(x: Expression) -> Expression:
+    """`max(x, 0)`."""
+    return ("max", x, 0.0)
+
+
+def clamp(x: Expression, low: float, high: float) -> Expression:
+    """`min(max(x, low), high)`."""
+    return ("min", ("max", x, low), high)
+
+
+def hardsigmoid(x: Expression) -> Expression:
+    """`relu6(x + 3) / 6`."""
+    return ("mul", clamp(("add", x, 3.0), 0.0, 6.0), 1 / 6)
+
+
+def leaky_relu(x: Expression, slope: float = 0.01) -> Expression:
+    """`max(x, 0) + slope * min(x, 0)`."""
+    return ("add", ("max", x, 0.0), ("mul", ("min", x, 0.0), slope))
+
+
+def gelu(x: Expression, approximate: str = "none") -> Expression:
+    """`x P[X < x]` for normal X, exact or by the tanh formula of Hendrycks and Gimpel (2016)."""
+    if approximate == "none":
+        return ("mul", x, ("normal_cdf", x))
+    inner = ("mul", ("mul", x, 0.7978845608), ("fma", ("mul", x, x), 0.044715, 1.0))
+    return ("mul", ("mul", x, 0.5), ("add", ("tanh", inner), 1.0))
+
+
+ACTIVATIONS: dict[str, Callable[..., Expression]] = {
+    "relu": relu,
+    "relu6": lambda x: clamp(x, 0.0, 6.0),
+    "hardtanh": lambda x, low=-1.0, high=1.0: clamp(x, low, high),
+    "leaky_relu": leaky_relu,
+    "hardsigmoid": hardsigmoid,
+    "hardswish": lambda x: ("mul", x, hardsigmoid(x)),
+    "sigmoid": lambda x: ("sigmoid", x),
+    "silu": lambda x: ("mul", x, ("sigmoid", x)),
+    "tanh": lambda x: ("tanh", x),
+    "gelu": gelu,
+}
+
+
+def _like(b: Builder, number: float, value: Value) -> Value:
+    return b.constant(number, value.type)
+
+
+def _polynomial(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
+    result = _like(b, coefficients[-1], x)
+    for coefficient in reversed(coefficients[:-1]):
+        result = b.fma(result, x, _like(b, coefficient, x))
+    return result
+
+
+def _maximum(b: Builder, x: Value, y: Value) -> Value:
+    # As in torch, a NaN in either operand comes out: y is taken unless x is larger or NaN.
+    if isinstance(y, ir.Constant):
+        return b.ir.select(b.ir.fcmp_ordered("<", x, y), y, x)
+    return b.ir.select(b.ir.fcmp_unordered("!=", x, x), x, _larger(b, x, y))
+
+
+def _larger(b: Builder, x: Value, y: Value) -> Value:
+    return b.ir.select(b.ir.fcmp_ordered(">", x, y), x, y)
+
+
+def _minimum(b: Builder, x: Value, y: Value) -> Value:
+    if isinstance(y, ir.Constant):
+        return b.ir.select(b.ir.fcmp_ordered(">", x, y), y, x)
+    smaller = b.ir.select(b.ir.fcmp_ordered("<", x, y), x, y)
+    return b.ir.select(b.ir.fcmp_unordered("!=", x, x), x, smaller)
+
+
+def _exp(b: Builder, x: Value) -> Value:
+    # Results below the smallest normal number are 0, above 2.4e38 they are infinite.
+    x = _minimum(b, _maximum(b, x, _like(b, -88.0, x)), _like(b, 89.0, x))
+    # Adding 1.5 × 2^23 + 127 leaves the biased exponent of 2^n in the low bits, n = x / ln(2)
+    # rounded; NaN stays NaN through r.
+    magic = _like(b, 12583039.0, x)
+    rounded = b.fma(x, _like(b, 1.4426950408889634, x), magic)
+    n = b.ir.fsub(rounded, magic)
+    r = b.fma(n, _like(b, -0.693359375, x), x)
+    r = b.fma(n, _like(b, 2.12194440e-4, x), r)
+    one = _like(b, 1.0, x)
+    series = b.fma(b.ir.fmul(r, r), _polynomial(b, r, _EXP), b.ir.fadd(r, one))
+    integers = ir.VectorType(I32, x.type.count)
+    shift = ir.Constant(integers, [23] * x.type.count)
+    power = b.ir.shl(b.ir.bitcast(rounded, integers), shift)
+    return b.ir.fmul(series, b.ir.bitcast(power, x.type))
+
+
+def _sigmoid(b: Builder, x: Value) -> Value:
+    one = _like(b, 1.0, x)
+    return b.ir.fdiv(one, b.ir.fadd(one, _exp(b, b.ir.fsub(_like(b, -0.0, x), x))))
+
+
+def _tanh(b: Builder, x: Value) -> Value:
+    square = b.ir.fmul(x, x)
+    near = b.fma(b.ir.fmul(square, x), _polynomial(b, square, _TANH), x)
+    one = _like(b, 1.0, x)
+    magnitude = b.intrinsic("fabs", x)
+    grown = b.ir.fadd(_exp(b, b.ir.fadd(magnitude, magnitude)), one)
+    far = b.ir.fsub(one, b.ir.fdiv(_like(b, 2.0, x), grown))
+    far = b.intrinsic("copysign", far, x)
+    is_near = b.ir.fcmp_ordered("<", magnitude, _like(b, 0.625, x))
+    return b.ir.select(is_near, near, far)
+
+
+def _normal_cdf(b: Builder, x: Value) -> Value:
+    one = _like(b, 1.0, x)
+    a = b.intrinsic("fabs", x)
+    t = b.ir.fdiv(one, b.fma(a, _like(b, 0.3, x), one))
+    # Past 14 the tail is 0 in single precision, and a² must not overflow into inf - inf.
+    a = _minimum(b, a, _like(b, 14.5, x))
+    exponent = b.ir.fmul(b.ir.fmul(a, a), _like(b, -0.5, x))
+    tail = b.ir.fmul(_exp(b, exponent), _polynomial(b, t, _TAIL))
+    below = b.ir.fcmp_ordered("<", x, _like(b, 0.0, x))
+    return b.ir.select(below, tail, b.ir.fsub(one, tail))
+
+
+def _normal_cdf_torch(x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.special.ndtr(x)
+    return result
+
+
+# primitive: (vector code, torch)
+PRIMITIVES: dict[str, tuple[Callable[..., Value], Callable[..., Any]]] = {
+    "add": (lambda b, x, y: b.ir.fadd(x, y), torch.add),
+    "sub": (lambda b, x, y: b.ir.fsub(x, y), torch.sub),
+    "mul": (lambda b, x, y: b.ir.fmul(x, y), torch.mul),
+    "div": (lambda b, x, y: b.ir.fdiv(x, y), torch.div),
+    "fma": (lambda b, x, y, z: b.fma(x, y, z), lambda x, y, z: x * y + z),
+    "max": (_maximum, torch.maximum),
+    "min": (_minimum, torch.minimum),
+    "sqrt": (lambda b, x: b.intrinsic("sqrt", x), torch.sqrt),
+    "exp": (_exp, torch.exp),
+    "sigmoid": (_sigmoid, torch.sigmoid),
+    "tanh": (_tanh, torch.tanh),
+    "normal_cdf": (_normal_cdf, _normal_cdf_torch),
+}
+
+
+def emit(b: Builder, expression: Expression, operands: Callable[[int], Value]) -> Value:
+    """Emit `expression`; equal parts of it are computed once.
+
+    Args:
+        b: where to emit.
+        expression: what to compute.
+        operands: the vector of operand `i`.
+    """
+    known: dict[Expression, Value] = {}
+
+    def visit(e: Expression) -> Value:
+        if e not in known:
+            if isinstance(e, int | float):
+                known[e] = b.constant(float(e))
+            elif e[0] == "x":
+                known[e] = operands(e[1])
+            else:
+                known[e] = PRIMITIVES[e[0]][0](b, *(visit(part) for part in e[1:]))
+        return known[e]
+
+    return visit(expression)
+
+
+def evaluate(expression: Expression, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same in torch: the reference of `emit`."""
+    if isinstance(expression, int | float):
+        return torch.tensor(float(expression), dtype=operands[0].dtype)
+    if expression[0] == "x":
+        chosen: torch.Tensor = operands[expression[1]]
+        return chosen
+    parts = (evaluate(part, operands) for part in expression[1:])
+    result: torch.Tensor = PRIMITIVES[expression[0]][1](*parts)
+    return result
+
+
+def substitute(expression: Expression, replacements: Sequence[Expression]) -> Expression:
+    """Replace each operand `i` by `replacements[i]`."""
+    if isinstance(expression, int | float):
+        return expression
+    if expression[0] == "x":
+        return replacements[expression[1]]
+    return (expression[0], *(substitute(part, replacements) for part in expression[1:]))
+
+
+def operands_of(expression: Expression) -> set[int]:
+    """The numbers of the operands that occur in `expression`."""
+    if isinstance(expression, int | float):
+        return set()
+    if expression[0] == "x":
+        return {expression[1]}
+    return set().union(*(operands_of(part) for part in expression[1:]))

@@ -1,0 +1,74 @@
+"""Every kernel family under one roof: description in, code and task count out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..machine import Machine
+from . import conv, elementwise, reduction, resample, window
+from .conv import Conv, ConvTile
+from .elementwise import Map
+from .reduction import Mean, Rows
+from .resample import Resample
+from .window import Window
+
+Description = Conv | Window | Map | Mean | Rows | Resample
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, specialised to shapes and strides; equal ones share their code.
+
+    Attributes:
+        does: what is computed.
+        machine: the CPU it runs on.
+        tile: how a convolution is cut.
+    """
+
+    does: Description
+    machine: Machine
+    tile: ConvTile | None = None
+
+    @property
+    def tasks(self) -> int:
+        """How many independent tasks the work is cut into."""
+        match self.does:
+            case Conv():
+                assert self.tile
+                return math.prod(conv.task_grid(self.does, self.tile))
+            case Window():
+                return window.tasks(self.does)
+            case Map():
+                return elementwise.tasks(self.does, self.machine)
+            case Mean():
+                return reduction.mean_tasks(self.does, self.machine)
+            case Rows():
+                return reduction.row_tasks(self.does)
+            case Resample():
+                return resample.tasks(self.does)
+
+    @property
+    def ir(self) -> str:
+        """The LLVM module that computes it."""
+        return _ir(self)
+
+
+@lru_cache(maxsize=512)
+def _ir(kernel: Kernel) -> str:
+    does, machine = kernel.does, kernel.machine
+    match does:
+        case Conv():
+            assert kernel.tile
+            return conv.emit(does, kernel.tile, machine)
+        case Window():
+            return window.emit(does, machine)
+        case Map():
+            return elementwise.emit(does, machine)
+        case Mean():
+            return reduction.emit_mean(does, machine)
+        case Rows():
+            return reduction.emit_rows(does, machine)
+        case Resample():
+            return resample.emit(does, machine)

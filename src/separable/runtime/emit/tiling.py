@@ -1,0 +1,130 @@
+"""Cutting an axis into blocks that fit the registers, borders apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Run:
+    """Equal blocks in a row.
+
+    Attributes:
+        first: number of the first block.
+        count: how many blocks.
+        start: the output position where the first block starts.
+        size: positions per block.
+        taps: per tap of the kernel, the positions `low <= i < high` of a block whose input is
+            inside the image.
+    """
+
+    first: int
+    count: int
+    start: int
+    size: int
+    taps: tuple[tuple[int, int], ...]
+
+    @property
+    def inside(self) -> bool:
+        """Whether every tap of every position is inside the image."""
+        return all(tap == (0, self.size) for tap in self.taps)
+
+
+def even_sizes(length: int, size: int) -> list[int]:
+    """Cut `length` into the fewest pieces of at most `size`, as equal as can be."""
+    pieces = -(-length // size)
+    low, larger = divmod(length, pieces)
+    return [low + 1] * larger + [low] * (pieces - larger)
+
+
+def window_runs(
+    length: int,
+    size: int,
+    inside: int,
+    kernel: int = 1,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> list[Run]:
+    """Cut `length` output positions into blocks and group equal neighbours.
+
+    Args:
+        length: output positions.
+        size: most positions per block.
+        inside: input positions.
+        kernel: taps of the filter.
+        stride: of the filter.
+        padding: zeros before the first input.
+        dilation: of the filter.
+    """
+    runs: list[Run] = []
+    start = 0
+    for number, block in enumerate(even_sizes(length, size)):
+        taps = tuple(
+            _valid(start, block, stride, tap * dilation - padding, inside) for tap in range(kernel)
+        )
+        last = runs[-1] if runs else None
+        if last and (last.size, last.taps) == (block, taps):
+            runs[-1] = Run(last.first, last.count + 1, last.start, block, taps)
+        else:
+            runs.append(Run(number, 1, start, block, taps))
+        start += block
+    return runs
+
+
+def _valid(start: int, size: int, stride: int, shift: int, inside: int) -> tuple[int, int]:
+    good = [i for i in range(size) if 0 <= (start + i) * stride + shift < inside]
+    return (good[0], good[-1] + 1) if good else (0, 0)
+
+
+def vector_panels(channels: int, width: int, vectors: int) -> list[tuple[int, int, int, int]]:
+    """Cut channels into panels of vectors and group equal neighbours.
+
+    Returns:
+        Runs of panels `(first vector, panels, vectors per panel, channels in the last vector)`.
+    """
+    total = -(-channels // width)
+    rest = channels - (total - 1) * width
+    runs: list[tuple[int, int, int, int]] = []
+    start = 0
+    sizes = even_sizes(total, vectors)
+    for number, size in enumerate(sizes):
+        tail = rest if number == len(sizes) - 1 else width
+        if runs and runs[-1][2:] == (size, tail):
+            first, count, *_ = runs[-1]
+            runs[-1] = (first, count + 1, size, tail)
+        else:
+            runs.append((start, 1, size, tail))
+        start += size
+    return runs
+
+
+def merge_axes(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[list[int], list[list[int]]]:
+    """Join neighbouring axes that every operand walks in one stride.
+
+    Args:
+        sizes: of the axes, outermost first.
+        strides: per operand, its stride along each axis.
+
+    Returns:
+        The sizes and, per operand, the strides of the joined axes; axes of size 1 are dropped.
+    """
+    axes = [i for i, size in enumerate(sizes) if size != 1]
+    joined: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for axis in axes:
+        current = [operand[axis] for operand in strides]
+        if joined and all(
+            step[-1] == now * sizes[axis] for step, now in zip(steps, current, strict=True)
+        ):
+            joined[-1] *= sizes[axis]
+            for step, now in zip(steps, current, strict=True):
+                step[-1] = now
+        else:
+            joined.append(sizes[axis])
+            for step, now in zip(steps, current, strict=True):
+                step.append(now)
+    return joined, steps

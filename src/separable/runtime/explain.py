@@ -1,0 +1,199 @@
+"""What a compiled model does, layer by layer, and how close each comes to the machine's limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prettytable import PrettyTable, TableStyle
+
+from . import jit
+from .emit.conv import Conv
+from .emit.kernel import Kernel
+from .execute import Program
+from .memory import Buffer
+from .roofline import Peak
+from .schedule import Step
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step.
+
+    Attributes:
+        layer: where it comes from in the model.
+        fused: the layers that run inside it.
+        operation: the kernel's family, or torch's operator.
+        shape: output sizes and channels, as the kernel sees them.
+        tile: pixels × vectors in registers, of a convolution.
+        macs: multiply-accumulates.
+        traffic: bytes of each operand once.
+        seconds: measured alone on one thread, the best of several; `None` where torch runs.
+        predicted: by the roofline, on one thread.
+        peak_share: of the multiply-add peak.
+    """
+
+    layer: str
+    fused: tuple[str, ...]
+    operation: str
+    shape: str
+    tile: str
+    macs: int
+    traffic: int
+    seconds: float | None
+    predicted: float
+    peak_share: float
+
+    @property
+    def roofline_share(self) -> float:
+        """Predicted over measured time."""
+        return self.predicted / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All steps of a compiled model; `str()` is a table.
+
+    Attributes:
+        rows: in execution order.
+        arena_bytes: activation memory of one call.
+        constant_bytes: packed weights.
+        peak_flops: of one core, measured between the steps.
+        isa: the instruction set.
+        threads: of one call.
+    """
+
+    rows: tuple[Row, ...]
+    arena_bytes: int
+    constant_bytes: int
+    peak_flops: float
+    isa: str
+    threads: int
+
+    @property
+    def fallbacks(self) -> tuple[Row, ...]:
+        """What went back to torch, because there is no kernel for it."""
+        return tuple(row for row in self.rows if row.seconds is None)
+
+    def __str__(self) -> str:
+        table = PrettyTable()
+        table.set_style(TableStyle.PLAIN_COLUMNS)
+        table.field_names = [
+            "layer", "fused", "kernel", "shape", "tile", "MACs", "µs", "predicted", "peak", "roof"
+        ]  # fmt: skip
+        table.align = "r"
+        for name in ("layer", "fused", "kernel", "shape"):
+            table.align[name] = "l"
+        for row in self.rows:
+            measured = row.seconds is not None
+            table.add_row(
+                [
+                    row.layer,
+                    " ".join(row.fused),
+                    row.operation if measured else f"torch: {row.operation}",
+                    row.shape,
+                    row.tile,
+                    f"{row.macs:,}" if row.macs else "",
+                    f"{1e6 * (row.seconds or 0):.1f}" if measured else "",
+                    f"{1e6 * row.predicted:.1f}" if measured else "",
+                    f"{row.peak_share:.0%}" if row.macs else "",
+                    f"{row.roofline_share:.0%}" if measured else "",
+                ]
+            )
+        macs = sum(row.macs for row in self.rows)
+        seconds = sum(row.seconds or 0 for row in self.rows)
+        return (
+            f"{table}\n\n{self.isa}, one thread: {1e3 * seconds:.3f} ms in kernels, "
+            f"{macs:,} MACs, {2 * macs / seconds / self.peak_flops if seconds else 0:.0%} of "
+            f"{self.peak_flops / 1e9:.1f} GFLOP/s measured in between\n"
+            f"activations {self.arena_bytes / 1e6:.2f} MB, weights "
+            f"{self.constant_bytes / 1e6:.2f} MB, {len(self.fallbacks)} operators in torch"
+        )
+
+
+def explain(program: Program, inputs: Sequence[Any], repeats: int = 10) -> Explanation:
+    """Measure every kernel of a program alone, in turns, the machine's peak in between.
+
+    Args:
+        program: the compiled steps.
+        inputs: for one call.
+        repeats: measurements per kernel, of which the best counts.
+    """
+    steps = program.schedule.steps
+    best = [float("inf")] * len(steps)
+    peak = Peak(program.machine)
+    program(inputs)
+    run = program.step_runner(inputs)
+    overhead = float("inf")
+    for _ in range(repeats):
+        for i, step in enumerate(steps):
+            if step.kernel is None:
+                continue
+            start = time.perf_counter()
+            run(i, i)
+            middle = time.perf_counter()
+            run(i, i + 1)
+            overhead = min(overhead, middle - start)
+            best[i] = min(best[i], time.perf_counter() - middle)
+        peak.measure()
+    # What calling from Python costs belongs to no step; a clock tick is left.
+    best = [max(seconds - overhead, 1e-7) for seconds in best]
+    rows = tuple(_row(step, seconds, peak) for step, seconds in zip(steps, best, strict=True))
+    return Explanation(
+        rows,
+        program.arena_bytes,
+        program.constant_bytes,
+        peak.flops,
+        program.machine.isa,
+        program.threads,
+    )
+
+
+def assembly(program: Program, layer: str) -> str:
+    """The assembly of a layer's kernels, to read.
+
+    Raises:
+        ValueError: if no kernel computes that layer.
+    """
+    kernels: dict[Kernel, None] = {}
+    for step in program.schedule.steps:
+        if step.kernel and step.node and layer in (step.node.name, *step.node.absorbed):
+            kernels[step.kernel] = None
+    if not kernels:
+        known = [step.node.name for step in program.schedule.steps if step.node and step.kernel]
+        raise ValueError(f"`layer` (={layer!r}) must be one of {', '.join(dict.fromkeys(known))}")
+    return "\n".join(jit.emit_assembly(kernel.ir, kernel.machine) for kernel in kernels)
+
+
+def _row(step: Step, seconds: float, peak: Peak) -> Row:
+    node = step.node
+    layer = node.name if node else "copy"
+    fused = tuple(dict.fromkeys(name for name in (node.absorbed if node else ()) if name != layer))
+    sizes: dict[Buffer, int] = {buffer: buffer.size for buffer, _ in step.arguments}
+    traffic = 4 * sum(sizes.values())
+    if step.kernel is None:
+        assert node is not None
+        target = str(node.attributes["target"])
+        shape = "×".join(map(str, node.shape or ()))
+        return Row(layer, fused, target, shape, "", 0, traffic, None, 0.0, 0.0)
+    does, tile = step.kernel.does, step.kernel.tile
+    shape = "×".join(map(str, node.shape)) if node and node.shape else ""
+    kind = getattr(does, "kind", "")
+    operation = type(does).__name__.lower() + (f" {kind}" if kind else "")
+    if isinstance(does, Conv):
+        operation = "pointwise" if does.kernel == (1, 1) else "×".join(map(str, does.kernel))
+    predicted = max(2 * does.macs / peak.flops, traffic / peak.bandwidth)
+    return Row(
+        layer=layer,
+        fused=fused,
+        operation=operation,
+        shape=shape,
+        tile=f"{tile.pixels}×{tile.vectors}" if tile else "",
+        macs=does.macs,
+        traffic=traffic,
+        seconds=seconds,
+        predicted=predicted,
+        peak_share=2 * does.macs / seconds / peak.flops,
+    )

@@ -1,0 +1,200 @@
+"""A torch graph of ATen operators, as `torch.export` and AOTAutograd make it, into nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from .graph import Graph, Node, constant
+from .lowering import LOWERINGS
+
+
+class NeedsFunctionalisation(Exception):
+    """An operator writes into memory that is read under another name later."""
+
+
+def import_graph(
+    graph: torch.fx.Graph,
+    constants: Mapping[str, Callable[[], torch.Tensor]],
+    attribute: Callable[[str], torch.Tensor],
+) -> Graph:
+    """Translate an fx graph.
+
+    Args:
+        graph: of ATen operators, with shapes in `meta["val"]`.
+        constants: by name, the placeholders that are weights, and where to read them.
+        attribute: reads a tensor that the graph holds as an attribute.
+
+    Returns:
+        The same computation; operators without a kernel are `"torch"` nodes.
+
+    Raises:
+        NeedsFunctionalisation: if the graph writes to aliased memory.
+    """
+    return _Importer(constants, attribute).run(graph)
+
+
+class _Importer:
+    def __init__(
+        self,
+        constants: Mapping[str, Callable[[], torch.Tensor]],
+        attribute: Callable[[str], torch.Tensor],
+    ) -> None:
+        self.constants, self.attribute = constants, attribute
+        self.values: dict[torch.fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.inputs: list[Node] = []
+
+    def run(self, graph: torch.fx.Graph) -> Graph:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        outputs: list[Node] = []
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.placeholder(node)
+            elif node.op == "get_attr":
+                target = str(node.target)
+                shape = self.attribute(target).shape
+                self.values[node] = constant(partial(self.attribute, target), shape, target)
+            elif node.op == "output":
+                outputs = list(self.value(node.args[0]))
+            else:
+                self.values[node] = self.call(node)
+                if _writes(node):
+                    self.rename(node, order)
+        return Graph(self.inputs, outputs, self.nodes)
+
+    def placeholder(self, node: torch.fx.Node) -> Node:
+        meta = node.meta["val"]
+        if node.name in self.constants or node.target in self.constants:
+            recipe = self.constants.get(node.name) or self.constants[str(node.target)]
+            return constant(recipe, meta.shape, node.name)
+        shape = tuple(meta.shape) if _is_float(meta) else None
+        self.inputs.append(Node("input", shape, name=node.name))
+        return self.inputs[-1]
+
+    def call(self, node: torch.fx.Node) -> Any:
+        name = str(node.target).replace("_.", ".") if _writes(node) else str(node.target)
+        if name.endswith("getitem>") or getattr(node.target, "__name__", "") == "getitem":
+            source, index = self.value(node.args)
+            if isinstance(source, tuple | list) and index < len(source):
+                return source[index]
+        arguments, named = self.value(node.args), self.value(node.kwargs)
+        tensors = [x for x in node.all_input_nodes if x.op != "get_attr"]
+        operands = [x for x in pytree.tree_leaves((arguments, named)) if isinstance(x, Node)]
+        if operands and all(x.kind == "constant" for x in operands) and not _writes(node):
+            return self.fold(node, arguments, named)
+        lower = LOWERINGS.get(name)
+        plain = all(_is_float(x.meta.get("val")) for x in tensors) and all(
+            isinstance(x, Node) and x.shape is not None for x in operands
+        )
+        result = lower(*arguments, **named) if lower and plain else None
+        if result is None or not _same_shapes(result, node.meta.get("val")):
+            return self.fallback(node, arguments, named)
+        layer = _layer(node)
+        for produced in result if isinstance(result, tuple) else (result,):
+            self.add(produced, layer)
+        return result
+
+    def add(self, node: Node, layer: str) -> None:
+        """Append a node after the new ones it was built on."""
+        if node.kind in ("constant", "input") or node in self.known:
+            return
+        for source in node.inputs:
+            self.add(source, layer)
+        node.name = node.name or layer
+        self.nodes.append(node)
+        self.known.add(node)
+
+    @property
+    def known(self) -> set[Node]:
+        if not hasattr(self, "_known"):
+            self._known: set[Node] = set()
+        return self._known
+
+    def fold(self, node: torch.fx.Node, arguments: Any, named: Any) -> Node:
+        def recipe() -> Any:
+            args, kwargs = pytree.tree_map_only(
+                Node, lambda x: x.attributes["recipe"](), (arguments, named)
+            )
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        return constant(recipe, getattr(node.meta.get("val"), "shape", ()), node.name)
+
+    def fallback(self, node: torch.fx.Node, arguments: Any, named: Any) -> Node:
+        meta: Any = node.meta.get("val")
+        leaves = [x for x in pytree.tree_leaves((arguments, named)) if isinstance(x, Node)]
+        result = Node(
+            "torch",
+            tuple(meta.shape) if _is_float(meta) else None,
+            list(dict.fromkeys(leaves)),
+            {"target": node.target, "arguments": arguments, "named": named},
+        )
+        self.add(result, _layer(node))
+        return result
+
+    def rename(self, node: torch.fx.Node, order: dict[torch.fx.Node, int]) -> None:
+        """After an operator that writes in place, its operand means the new value."""
+        written = node.args[0]
+        assert isinstance(written, torch.fx.Node)
+        root = _root(self.values[written])
+        if root.kind in ("input", "constant"):
+            raise ValueError(
+                f"the model writes into its input or a weight ({node.target}); "
+                "let it work on a copy (`x = x.clone()`)"
+            )
+        for other, value in self.values.items():
+            if other in (node, written) or not isinstance(value, Node) or _root(value) is not root:
+                continue
+            if any(order[user] > order[node] for user in other.users):
+                if _writes(other) and other.args[0] is written:
+                    self.values[other] = self.values[node]
+                    continue
+                raise NeedsFunctionalisation
+        if self.values[written].kind == "view" and _root(self.values[written]) is not root:
+            raise NeedsFunctionalisation
+        self.values[written] = self.values[node]
+
+    def value(self, structure: Any) -> Any:
+        return torch.fx.node.map_aggregate(
+            structure, lambda x: self.values[x] if isinstance(x, torch.fx.Node) else x
+        )
+
+
+def _root(node: Node) -> Node:
+    while node.kind == "view":
+        node = node.inputs[0]
+    return node
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _is_float(meta: Any) -> bool:
+    return (
+        isinstance(meta, torch.Tensor)
+        and meta.dtype == torch.float32
+        and meta.device.type == "cpu"
+        and meta.layout == torch.strided
+        and all(isinstance(size, int) and size > 0 for size in meta.shape)
+    )
+
+
+def _same_shapes(result: Node | tuple[Node, ...], meta: Any) -> bool:
+    if isinstance(result, Node):
+        return _is_float(meta) and tuple(meta.shape) == result.shape
+    return isinstance(meta, Sequence) and all(
+        tuple(m.shape) == r.shape for r, m in zip(result, meta, strict=False)
+    )
+
+
+def _layer(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return str(path) or node.name

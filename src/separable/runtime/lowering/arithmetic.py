@@ -1,0 +1,64 @@
+"""Elementwise arithmetic and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..emit.expression import ACTIVATIONS, Expression, operand
+from ..graph import Node
+from .registry import LOWERINGS, Lowered, elementwise, lowers
+
+
+def _activation(name: str) -> Callable[..., Lowered]:
+    return lambda x, *rest, **named: elementwise(ACTIVATIONS[name](operand(0), *rest, **named), x)
+
+
+for _name in ACTIVATIONS:
+    LOWERINGS[f"aten.{_name}.default"] = _activation(_name)
+
+
+def _binary(kind: str) -> Callable[..., Lowered]:
+    def lower(x: Any, y: Any, alpha: float = 1) -> Lowered:
+        parts = [operand(0), y if isinstance(y, int | float) else operand(1)]
+        if isinstance(x, int | float):
+            parts = [x, operand(0)]
+        if alpha != 1:
+            parts[1] = ("mul", parts[1], float(alpha))
+        nodes = [node for node in (x, y) if isinstance(node, Node)]
+        if len(nodes) == 2 and x is y:
+            nodes, parts[1] = [x], operand(0)
+        # The larger operand first: it decides the layout of the result.
+        elif len(nodes) == 2 and nodes[0].kind == "constant" and kind in ("add", "mul"):
+            nodes.reverse()
+        return elementwise((kind, *parts), *nodes)
+
+    return lower
+
+
+for _name in ("add", "sub", "mul", "div"):
+    LOWERINGS[f"aten.{_name}.Tensor"] = LOWERINGS[f"aten.{_name}.Scalar"] = _binary(_name)
+
+
+@lowers("rsub.Scalar", "rsub.Tensor")
+def _reversed_sub(x: Node, y: Any, alpha: float = 1) -> Lowered:
+    scaled = elementwise(("mul", operand(0), float(alpha)), x) if alpha != 1 else x
+    return LOWERINGS["aten.sub.Tensor"](y, scaled)
+
+
+@lowers("clamp.default")
+def _clamp(x: Node, low: float | None = None, high: float | None = None) -> Lowered:
+    e: Expression = operand(0)
+    if low is not None:
+        e = ("max", e, float(low))
+    return elementwise(e if high is None else ("min", e, float(high)), x)
+
+
+@lowers("clamp_min.default")
+def _clamp_min(x: Node, low: float) -> Lowered:
+    return _clamp(x, low)
+
+
+@lowers("clamp_max.default")
+def _clamp_max(x: Node, high: float) -> Lowered:
+    return _clamp(x, None, high)

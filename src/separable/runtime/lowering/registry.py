@@ -1,0 +1,48 @@
+"""The table of lowerings, and what every lowering needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..emit.expression import Expression
+from ..graph import Node
+
+Lowered = Node | tuple[Node, ...] | None
+LOWERINGS: dict[str, Callable[..., Lowered]] = {}
+
+
+def lowers(*names: str) -> Callable[[Callable[..., Lowered]], Callable[..., Lowered]]:
+    """Register a function for operators of ATen, named as in `aten.conv2d.default`."""
+
+    def register(function: Callable[..., Lowered]) -> Callable[..., Lowered]:
+        for name in names:
+            LOWERINGS[f"aten.{name}"] = function
+        return function
+
+    return register
+
+
+def elementwise(e: Expression, *inputs: Node) -> Node:
+    """A map over operands that broadcast."""
+    shape = torch.broadcast_shapes(*(node.shape or () for node in inputs))
+    return Node("map", tuple(shape), list(inputs), epilogue=e)
+
+
+def view(x: Node, kind: str, shape: Sequence[int], **attributes: Any) -> Node:
+    """Another look at the same numbers."""
+    return Node("view", tuple(shape), [x], {"view": kind, **attributes})
+
+
+def shape_of(x: Node) -> tuple[int, ...]:
+    """The shape of a float32 tensor."""
+    assert x.shape is not None
+    return x.shape
+
+
+def pair(value: int | Sequence[int], default: Sequence[int] = ()) -> tuple[int, int]:
+    """One number for both axes, or one for each."""
+    values = [value] if isinstance(value, int) else list(value or default)
+    return (values[0], values[-1])

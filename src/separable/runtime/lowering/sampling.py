@@ -1,0 +1,119 @@
+"""Pools, upsampling and padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..graph import Node
+from .registry import Lowered, lowers, pair, shape_of, view
+
+
+@lowers("max_pool2d.default")
+def _max_pool(
+    x: Node,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Lowered:
+    return _pool("max", x, kernel, stride, padding, dilation, ceil_mode)
+
+
+@lowers("avg_pool2d.default")
+def _avg_pool(
+    x: Node,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Lowered:
+    if divisor_override:
+        return None
+    if any(pair(padding)) and count_include_pad:
+        if ceil_mode:
+            return None
+        ph, pw = pair(padding)
+        x, padding = padded(x, (0, 0, ph, pw), (0, 0, ph, pw), 0.0), 0
+    return _pool("mean", x, kernel, stride, padding, 1, ceil_mode)
+
+
+def _pool(
+    kind: str, x: Node, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> Lowered:
+    if len(shape_of(x)) != 4:
+        return None
+    n, c, h, w = shape_of(x)
+    kernel = pair(kernel)
+    stride, padding, dilation = pair(stride, kernel), pair(padding), pair(dilation)
+    size = []
+    for i, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True):
+        span = i + 2 * p - (k - 1) * d - 1
+        out = (span + s - 1 if ceil_mode else span) // s + 1
+        # A window must start inside the image or the padding before it.
+        size.append(out - 1 if ceil_mode and (out - 1) * s >= i + p else out)
+    attributes = {"kind": kind, "kernel": kernel, "stride": stride, "padding": padding}
+    return Node("window", (n, c, *size), [x], attributes | {"dilation": dilation, "multiplier": 1})
+
+
+@lowers("adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
+def _adaptive_avg_pool(x: Node, size: Any) -> Lowered:
+    if len(shape_of(x)) != 4:
+        return None
+    out = pair(size)
+    n, c, h, w = shape_of(x)
+    if out == (1, 1):
+        return Node("mean", (n, c, 1, 1), [x], {"axes": (2, 3)})
+    if (h, w) == out:
+        return x
+    if h % out[0] or w % out[1]:
+        return None
+    kernel = (h // out[0], w // out[1])
+    return _pool("mean", x, kernel, kernel, 0, 1, False)
+
+
+@lowers("mean.dim")
+def _mean(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Lowered:
+    rank = len(shape_of(x))
+    axes = tuple(sorted(d % rank for d in dims)) if dims else tuple(range(rank))
+    kept = tuple(1 if i in axes else size for i, size in enumerate(shape_of(x)))
+    node = Node("mean", kept, [x], {"axes": axes})
+    shape = [size for i, size in enumerate(kept) if i not in axes]
+    return node if keepdim else view(node, "reshape", shape)
+
+
+@lowers("upsample_bilinear2d.vec", "upsample_nearest2d.vec")
+def _upsample(x: Node, size: Any, *rest: Any) -> Lowered:
+    *align, factors = rest
+    n, c, h, w = shape_of(x)
+    scales = tuple(factors) if factors else (None, None)
+    out = size or [math.floor(i * f) for i, f in zip((h, w), factors, strict=True)]
+    kind = "bilinear" if align else "nearest"
+    attributes = {"kind": kind, "align_corners": bool(align and align[0]), "scales": scales}
+    return Node("resample", (n, c, *out), [x], attributes)
+
+
+@lowers("pad.default")
+def _pad_mode(x: Node, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Lowered:
+    return _constant_pad(x, pad, value or 0.0) if mode == "constant" else None
+
+
+@lowers("constant_pad_nd.default")
+def _constant_pad(x: Node, pad: Sequence[int], value: float = 0.0) -> Lowered:
+    if any(p < 0 for p in pad):
+        return None
+    return padded(x, pad[-2::-2], pad[-1::-2], value)
+
+
+def padded(x: Node, before: Sequence[int], after: Sequence[int], value: float) -> Node:
+    """`value` before and after the last axes; `x` itself if there is none."""
+    skipped = [0] * (len(shape_of(x)) - len(before))
+    before, after = (*skipped, *before), (*skipped, *after)
+    shape = tuple(b + s + a for b, s, a in zip(before, shape_of(x), after, strict=True))
+    if shape == x.shape:
+        return x
+    return Node("pad", shape, [x], {"before": before, "after": after, "value": float(value)})

@@ -1,0 +1,141 @@
+"""Views of tensors, and concatenation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..graph import Node
+from .registry import Lowered, lowers, shape_of, view
+
+
+@lowers(
+    "dropout.default",
+    "feature_dropout.default",
+    "contiguous.default",
+    "clone.default",
+    "alias.default",
+    "detach.default",
+    "identity.default",
+    "lift_fresh_copy.default",
+)
+def _same(x: Node, *rest: Any, memory_format: Any = None) -> Lowered:
+    return None if rest and rest[-1] is True else x
+
+
+@lowers("permute.default")
+def _permute(x: Node, dims: Sequence[int]) -> Lowered:
+    order = tuple(d % len(shape_of(x)) for d in dims)
+    return view(x, "permute", [shape_of(x)[d] for d in order], order=order)
+
+
+@lowers("transpose.int")
+def _transpose(x: Node, first: int, second: int) -> Lowered:
+    order = list(range(len(shape_of(x))))
+    order[first], order[second] = order[second], order[first]
+    return _permute(x, order)
+
+
+@lowers("t.default")
+def _t(x: Node) -> Lowered:
+    return _permute(x, range(len(shape_of(x)))[::-1])
+
+
+@lowers("view.default", "reshape.default", "_unsafe_view.default")
+def _reshape(x: Node, shape: Sequence[int]) -> Lowered:
+    count = math.prod(shape_of(x))
+    known = math.prod(size for size in shape if size != -1)
+    return view(x, "reshape", [count // known if size == -1 else size for size in shape])
+
+
+@lowers("flatten.using_ints")
+def _flatten(x: Node, start: int = 0, end: int = -1) -> Lowered:
+    shape = shape_of(x)
+    start, end = start % len(shape), end % len(shape)
+    joined = math.prod(shape[start : end + 1])
+    return view(x, "reshape", (*shape[:start], joined, *shape[end + 1 :]))
+
+
+@lowers("unflatten.int")
+def _unflatten(x: Node, dim: int, sizes: Sequence[int]) -> Lowered:
+    shape = shape_of(x)
+    dim %= len(shape)
+    known = math.prod(size for size in sizes if size != -1)
+    parts = [shape[dim] // known if size == -1 else size for size in sizes]
+    return view(x, "reshape", (*shape[:dim], *parts, *shape[dim + 1 :]))
+
+
+@lowers("squeeze.dim", "squeeze.dims", "squeeze.default")
+def _squeeze(x: Node, dims: Any = None) -> Lowered:
+    rank = len(shape_of(x))
+    axes = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
+    drop = {d % rank for d in axes if shape_of(x)[d] == 1}
+    return view(x, "reshape", [size for i, size in enumerate(shape_of(x)) if i not in drop])
+
+
+@lowers("unsqueeze.default")
+def _unsqueeze(x: Node, dim: int) -> Lowered:
+    shape = list(shape_of(x))
+    shape.insert(dim % (len(shape) + 1), 1)
+    return view(x, "reshape", shape)
+
+
+@lowers("slice.Tensor")
+def _slice(
+    x: Node, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> Lowered:
+    shape = list(shape_of(x))
+    dim %= len(shape)
+    chosen = range(shape[dim])[slice(start, stop, step)]
+    if len(chosen) == shape[dim]:
+        return x
+    shape[dim] = len(chosen)
+    return view(x, "slice", shape, axis=dim, start=chosen.start, step=step)
+
+
+@lowers("select.int")
+def _select(x: Node, dim: int, index: int) -> Lowered:
+    size = shape_of(x)[dim]
+    part = _slice(x, dim, index % size, index % size + 1)
+    shape = list(shape_of(x))
+    del shape[dim]
+    return view(part, "reshape", shape) if isinstance(part, Node) else None
+
+
+@lowers("split_with_sizes.default", "split.sizes")
+def _split_sizes(x: Node, sizes: Sequence[int], dim: int = 0) -> Lowered:
+    parts, start = [], 0
+    for size in sizes:
+        part = _slice(x, dim, start, start + size)
+        assert isinstance(part, Node)
+        parts.append(part)
+        start += size
+    return tuple(parts)
+
+
+@lowers("split.Tensor")
+def _split(x: Node, size: int, dim: int = 0) -> Lowered:
+    total = shape_of(x)[dim]
+    return _split_sizes(x, [min(size, total - at) for at in range(0, total, size)], dim)
+
+
+@lowers("chunk.default")
+def _chunk(x: Node, chunks: int, dim: int = 0) -> Lowered:
+    return _split(x, -(-shape_of(x)[dim] // chunks), dim)
+
+
+@lowers("expand.default")
+def _expand(x: Node, shape: Sequence[int]) -> Lowered:
+    old = (1,) * (len(shape) - len(shape_of(x))) + shape_of(x)
+    new = [o if s == -1 else s for o, s in zip(old, shape, strict=True)]
+    return view(x, "expand", new)
+
+
+@lowers("cat.default")
+def _cat(parts: Sequence[Node], dim: int = 0) -> Lowered:
+    parts = [part for part in parts if shape_of(part) != (0,)]
+    shape = list(shape_of(parts[0]))
+    dim %= len(shape)
+    shape[dim] = sum(shape_of(part)[dim] for part in parts)
+    return Node("cat", tuple(shape), list(parts), {"axis": dim})

@@ -1,0 +1,452 @@
+"""Nodes into steps: where each value lies in memory, which kernel runs, and on what.
+
+Images lie channels last, so that pointwise convolutions are matrix products and every kernel walks
+channels by vectors. Views cost nothing where strides can express them, and concatenated parts are
+written in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .emit import conv as conv_kernel
+from .emit import resample as resample_kernel
+from .emit import window as window_kernel
+from .emit.conv import Conv
+from .emit.elementwise import Map
+from .emit.expression import operand
+from .emit.kernel import Description, Kernel
+from .emit.reduction import Mean, Rows
+from .emit.resample import Resample
+from .emit.tiling import merge_axes
+from .emit.window import Window
+from .graph import Graph, Node, Recipe
+from .machine import Machine
+from .memory import Buffer, Place, dense
+from .tiles import choose_tile
+
+
+@dataclass(eq=False)
+class Step:
+    """One kernel launch, or one call of a torch operator.
+
+    Attributes:
+        node: what it computes; `None` for a copy.
+        arguments: buffers and offsets in floats, in the kernel's order, the output last.
+        kernel: the kernel, or `None` where torch runs.
+        results: a torch step's operands by node.
+        output: where a torch step's result goes, or `None` if it is no float32 tensor.
+    """
+
+    node: Node | None
+    arguments: list[tuple[Buffer, int]]
+    kernel: Kernel | None = None
+    operands: dict[Node, Place] = field(default_factory=dict)
+    output: Place | None = None
+
+
+@dataclass(eq=False)
+class Schedule:
+    """All steps in order, with the memory they need.
+
+    Attributes:
+        steps: in execution order.
+        constants: buffers of packed weights and the recipes that fill them.
+        arguments: the graph's inputs.
+        inputs: per argument, its buffer; `None` if it is no float32 tensor.
+        outputs: per result, its buffer, or the node of a result that only torch holds.
+        shapes: per result, its shape; `None` if it is no float32 tensor.
+    """
+
+    steps: list[Step]
+    constants: list[tuple[Buffer, Recipe]]
+    arguments: list[Node]
+    inputs: list[Buffer | None]
+    outputs: list[Buffer | Node]
+    shapes: list[tuple[int, ...] | None]
+
+
+def schedule(graph: Graph, machine: Machine, threads: int) -> Schedule:
+    """Choose memory and kernels for every node."""
+    return _Scheduler(graph, machine, threads).run()
+
+
+def _channels_last(rank: int) -> tuple[int, ...]:
+    return (0, 2, 3, 1) if rank == 4 else tuple(range(rank))
+
+
+class _Scheduler:
+    def __init__(self, graph: Graph, machine: Machine, threads: int) -> None:
+        self.graph, self.machine, self.threads = graph, machine, threads
+        self.users = graph.users()
+        self.places: dict[Node, Place] = {}
+        self.steps: list[Step] = []
+        self.constants: list[tuple[Buffer, Recipe]] = []
+        self.outputs: dict[int, Buffer] = {}
+
+    def run(self) -> Schedule:
+        inputs: list[Buffer | None] = []
+        for number, node in enumerate(self.graph.inputs):
+            inputs.append(None)
+            if node.shape is not None:
+                buffer = inputs[-1] = Buffer("input", math.prod(node.shape), number)
+                self.places[node] = dense(buffer, node.shape)
+        for node in self.graph.nodes:
+            getattr(self, "_" + node.kind)(node)
+        outputs: list[Buffer | Node] = []
+        for number, node in enumerate(self.graph.outputs):
+            if node.shape is None:
+                outputs.append(node)
+                continue
+            buffer = self.outputs.get(number) or Buffer("output", math.prod(node.shape), number)
+            if number not in self.outputs:
+                self.copy(self.place(node), dense(buffer, node.shape), node)
+            outputs.append(buffer)
+        return Schedule(
+            self.steps,
+            self.constants,
+            self.graph.inputs,
+            inputs,
+            outputs,
+            [node.shape for node in self.graph.outputs],
+        )
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def place(self, node: Node) -> Place:
+        """Where the result of a node lies; constants are packed on first use."""
+        if node not in self.places:
+            assert node.kind == "constant"
+            assert node.shape is not None
+            buffer = self.constant(math.prod(node.shape), node.attributes["recipe"])
+            self.places[node] = dense(buffer, node.shape)
+        return self.places[node]
+
+    def constant(self, size: int, recipe: Recipe) -> Buffer:
+        """A buffer for what `recipe` computes."""
+        buffer = Buffer("constant", size, len(self.constants))
+        self.constants.append((buffer, recipe))
+        return buffer
+
+    def allocate(self, node: Node, order: Sequence[int]) -> Place:
+        """Memory for the result of `node`, its axes in this order, outermost first."""
+        assert node.shape is not None
+        users = self.users.get(node, [])
+        place = dense(Buffer("arena", math.prod(node.shape)), node.shape, order)
+        if place.same_strides(dense(place.buffer, node.shape, _channels_last(len(node.shape)))):
+            for user in users:
+                if user is not None and user.kind == "cat" and user.inputs.count(node) == 1:
+                    self.places[node] = self.part(user, user.inputs.index(node))
+                    return self.places[node]
+        number = self.graph.outputs.index(node) if None in users else -1
+        if number >= 0 and place.same_strides(dense(place.buffer, node.shape)):
+            place.buffer.kind, place.buffer.number = "output", number
+            self.outputs[number] = place.buffer
+        self.places[node] = place
+        return place
+
+    def part(self, cat: Node, number: int) -> Place:
+        """The slice of a concatenation that one of its inputs fills."""
+        assert cat.shape is not None
+        if cat not in self.places:
+            self.allocate(cat, _channels_last(len(cat.shape)))
+        sizes = [(source.shape or ())[cat.attributes["axis"]] for source in cat.inputs]
+        start = sum(sizes[:number])
+        axis = cat.attributes["axis"]
+        return self.places[cat].through(lambda t: t.narrow(axis, start, sizes[number]))
+
+    def copy(self, source: Place, target: Place, node: Node | None = None) -> Place:
+        """Emit a copy between layouts."""
+        axes = sorted(range(len(target.shape)), key=lambda i: -target.strides[i])
+        self.map([source], target, axes, operand(0), node)
+        return target
+
+    def relaid(self, place: Place, order: Sequence[int]) -> Place:
+        """A copy with its axes in this order."""
+        fresh = dense(Buffer("arena", math.prod(place.shape)), place.shape, order)
+        return self.copy(place, fresh)
+
+    def lanes(self, place: Place, axis: int) -> Place:
+        """The same with neighbours along `axis`, copied if need be."""
+        if place.strides[axis] == 1 or place.shape[axis] == 1:
+            return place
+        order = [i for i in range(len(place.shape)) if i != axis]
+        return self.relaid(place, [*order, axis % len(place.shape)])
+
+    def extras(self, node: Node, axis: int) -> list[Place]:
+        """The operands of the epilogue, broadcast, in strides of 0 or 1 along `axis`."""
+        assert node.shape is not None
+        shape = node.shape
+        places = []
+        for source in node.inputs[len(node.inputs) - node.extras :]:
+            place = self.place(source).through(lambda t: t.expand(shape))
+            if place.strides[axis] not in (0, 1):
+                small = self.place(source)
+                missing = len(shape) - len(small.shape)
+                place = self.lanes(small, axis - missing).through(lambda t: t.expand(shape))
+            places.append(place)
+        return places
+
+    def step(
+        self, node: Node | None, does: Description, places: Sequence[Place | tuple[Buffer, int]]
+    ) -> None:
+        """Append a kernel launch."""
+        tile = choose_tile(does, self.machine, self.threads) if isinstance(does, Conv) else None
+        arguments = [(p.buffer, p.offset) if isinstance(p, Place) else p for p in places]
+        self.steps.append(Step(node, arguments, Kernel(does, self.machine, tile)))
+
+    # -- one method per kind of node -------------------------------------------------------------
+
+    def _conv(self, node: Node) -> None:
+        assert node.shape is not None
+        attributes = node.attributes
+        x = self.place(node.inputs[0])
+        groups = attributes["groups"]
+        weight, bias = node.inputs[1:3]
+        out, inner, *_ = weight.shape or ()
+        axis = node.channel_axis
+        extras = self.extras(node, axis)
+        if attributes.get("linear"):
+            y = self.allocate(node, range(len(node.shape)))
+            leading = range(len(node.shape) - 1)
+            sizes = [node.shape[i] for i in leading]
+            walks = [[p.strides[i] for i in leading] for p in (x, y, *extras)]
+        else:
+            if x.strides[1] != 1 and inner > 16:
+                x = self.lanes(x, 1)
+            y = self.allocate(node, _channels_last(4))
+            sizes = [node.shape[i] for i in (0, 2, 3)]
+            walks = [[p.strides[i] for i in (0, 2, 3)] for p in (x, y, *extras)]
+        common: dict[str, Any] = {"channels": (inner, out // groups), "groups": groups}
+        if attributes.get("linear") or (
+            attributes["kernel"] == (1, 1) and attributes["padding"] == (0, 0)
+        ):
+            # Positions do not touch one another: all that lie in one stride are one row.
+            sy, sx = attributes.get("stride", (1, 1))
+            if not attributes.get("linear"):
+                walks[0] = [walks[0][0], walks[0][1] * sy, walks[0][2] * sx]
+            sizes, walks = merge_axes(sizes, walks)
+            sizes = [1] * (3 - len(sizes)) + sizes
+            walks = [[0] * (3 - len(walk)) + walk for walk in walks]
+            size = in_size = (sizes[1], sizes[2])
+        else:
+            size, in_size = (sizes[1], sizes[2]), (x.shape[2], x.shape[3])
+            common |= {k: attributes[k] for k in ("kernel", "stride", "padding", "dilation")}
+        x_walk, y_walk, *extra_walks = (tuple(walk) for walk in walks)
+        does = Conv(
+            batch=sizes[0],
+            size=size,
+            in_size=in_size,
+            x_strides=(*x_walk, x.strides[axis]),
+            y_strides=y_walk,
+            extra_strides=tuple(
+                (*walk, p.strides[axis]) for walk, p in zip(extra_walks, extras, strict=True)
+            ),
+            epilogue=node.epilogue,
+            **common,
+        )
+        w, b = weight.attributes["recipe"], bias.attributes["recipe"]
+        machine, tile = self.machine, choose_tile(does, self.machine, self.threads)
+        padded = -(-does.channels[1] // machine.width) * machine.width * groups
+
+        def recipe() -> torch.Tensor:
+            return torch.cat(conv_kernel.pack(does, tile, machine, w(), b()))
+
+        packed = self.constant(padded * (does.depth + 1), recipe)
+        self.step(node, does, [x, (packed, 0), (packed, padded * does.depth), *extras, y])
+
+    def _window(self, node: Node) -> None:
+        assert node.shape is not None
+        attributes = node.attributes
+        x = self.lanes(self.place(node.inputs[0]), 1)
+        extras = self.extras(node, 1)
+        y = self.allocate(node, _channels_last(4))
+        does = Window(
+            batch=node.shape[0],
+            size=(node.shape[2], node.shape[3]),
+            in_size=(x.shape[2], x.shape[3]),
+            channels=x.shape[1],
+            x_strides=_image(x),
+            y_strides=_image(y),
+            extra_strides=tuple((*_image(e), e.strides[1]) for e in extras),
+            epilogue=node.epilogue,
+            **attributes,
+        )
+        weights: list[tuple[Buffer, int]] = []
+        if does.kind == "conv":
+            w, b = (source.attributes["recipe"] for source in node.inputs[1:3])
+            machine = self.machine
+            padded = -(-does.channels // machine.width) * machine.width * does.multiplier
+            taps = does.kernel[0] * does.kernel[1]
+
+            def recipe() -> torch.Tensor:
+                return torch.cat(window_kernel.pack(does, machine, w(), b()))
+
+            packed = self.constant(padded * (taps + 1), recipe)
+            weights = [(packed, 0), (packed, padded * taps)]
+        self.step(node, does, [x, *weights, *extras, y])
+
+    def _map(self, node: Node) -> None:
+        assert node.shape is not None
+        sources = [self.place(source) for source in node.inputs]
+        full = [p for p in sources if p.shape == node.shape and p.buffer.kind != "constant"]
+        rank = len(node.shape)
+        order = full[0].order if full else _channels_last(rank)
+        y = self.allocate(node, order)
+        self.map(sources, y, y.order, node.epilogue, node)
+
+    def map(
+        self,
+        sources: Sequence[Place],
+        y: Place,
+        order: Sequence[int],
+        epilogue: Any,
+        node: Node | None,
+    ) -> None:
+        shape = y.shape
+        broadcast = [p.through(lambda t: t.expand(shape)) for p in sources]
+        walks = [[p.strides[i] for i in order] for p in (*broadcast, y)]
+        sizes, walks = merge_axes([shape[i] for i in order], walks)
+        if not sizes:
+            sizes, walks = [1], [[0] for _ in walks[:-1]] + [[1]]
+        *x_walks, y_walk = (tuple(walk) for walk in walks)
+        does = Map(tuple(sizes), tuple(x_walks), y_walk, epilogue)
+        self.step(node, does, [*broadcast, y])
+
+    def _mean(self, node: Node) -> None:
+        assert node.shape is not None
+        x = self.place(node.inputs[0])
+        axes = node.attributes["axes"]
+        lanes = [i for i, size in enumerate(x.shape) if x.strides[i] == 1 and size > 1]
+        y = self.allocate(node, range(len(node.shape)))
+        extras = self.extras(node, lanes[0] if lanes and lanes[0] not in axes else 0)
+        others = [i for i in range(len(x.shape)) if i not in axes]
+        if lanes and lanes[0] not in axes:
+            kept = [*(i for i in others if i != lanes[0]), lanes[0]]
+            does: Description = Mean(
+                kept=tuple(x.shape[i] for i in kept),
+                reduced=tuple(x.shape[i] for i in axes),
+                x_kept=tuple(x.strides[i] for i in kept),
+                x_reduced=tuple(x.strides[i] for i in axes),
+                y_strides=tuple(y.strides[i] for i in kept),
+                extra_strides=tuple(tuple(e.strides[i] for i in kept) for e in extras),
+                epilogue=node.epilogue,
+            )
+        else:
+            x = self.relaid(x, [*others, *axes])
+            does = Rows(
+                kind="mean",
+                sizes=(*(x.shape[i] for i in others), math.prod(x.shape[i] for i in axes)),
+                x_strides=(*(x.strides[i] for i in others), 1),
+                y_strides=(*(y.strides[i] for i in others), 1),
+                extra_strides=tuple((*(e.strides[i] for i in others), 0) for e in extras),
+                epilogue=node.epilogue,
+            )
+        self.step(node, does, [x, *extras, y])
+
+    def _norm(self, node: Node) -> None:
+        self.rows(node, "norm", len(node.shape or ()) - 1, eps=node.attributes["eps"])
+
+    def _softmax(self, node: Node) -> None:
+        self.rows(node, "softmax", node.attributes["axis"])
+
+    def rows(self, node: Node, kind: str, axis: int, eps: float = 0.0) -> None:
+        x = self.lanes(self.place(node.inputs[0]), axis)
+        others = [i for i in x.order if i != axis]
+        y = self.allocate(node, [*others, axis])
+        extras = self.extras(node, axis)
+        walks = [[p.strides[i] for i in others] for p in (x, y, *extras)]
+        sizes, walks = merge_axes([x.shape[i] for i in others], walks)
+        x_walk, y_walk, *extra_walks = (tuple(walk) for walk in walks)
+        does = Rows(
+            kind=kind,
+            sizes=(*sizes, x.shape[axis]),
+            x_strides=(*x_walk, 1),
+            y_strides=(*y_walk, y.strides[axis]),
+            extra_strides=tuple(
+                (*walk, e.strides[axis]) for walk, e in zip(extra_walks, extras, strict=True)
+            ),
+            epilogue=node.epilogue,
+            eps=eps,
+        )
+        self.step(node, does, [x, *extras, y])
+
+    def _resample(self, node: Node) -> None:
+        assert node.shape is not None
+        x = self.lanes(self.place(node.inputs[0]), 1)
+        extras = self.extras(node, 1)
+        y = self.allocate(node, _channels_last(4))
+        does = Resample(
+            batch=node.shape[0],
+            size=(node.shape[2], node.shape[3]),
+            in_size=(x.shape[2], x.shape[3]),
+            channels=x.shape[1],
+            x_strides=_image(x),
+            y_strides=_image(y),
+            extra_strides=tuple((*_image(e), e.strides[1]) for e in extras),
+            epilogue=node.epilogue,
+            **node.attributes,
+        )
+        entries = self.constant(
+            sum(does.size) * resample_kernel.ENTRY, lambda: resample_kernel.table(does)
+        )
+        self.step(node, does, [x, (entries, 0), *extras, y])
+
+    def _cat(self, node: Node) -> None:
+        for number, source in enumerate(node.inputs):
+            part, place = self.part(node, number), self.place(source)
+            if place != part:
+                self.copy(place, part, node)
+
+    def _pad(self, node: Node) -> None:
+        x = self.place(node.inputs[0])
+        y = self.allocate(node, x.order)
+        self.map([], y, y.order, node.attributes["value"], node)
+
+        def inside(t: torch.Tensor) -> torch.Tensor:
+            for axis, start in enumerate(node.attributes["before"]):
+                t = t.narrow(axis, start, x.shape[axis])
+            return t
+
+        self.copy(x, y.through(inside), node)
+
+    def _view(self, node: Node) -> None:
+        x, a = self.place(node.inputs[0]), node.attributes
+        shape = node.shape or ()
+        look: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "permute": lambda t: t.permute(a["order"]),
+            "expand": lambda t: t.expand(shape),
+            "reshape": lambda t: t.view(shape),
+            "slice": lambda t: t[
+                (slice(None),) * a["axis"] + (slice(a["start"], None, a["step"]),)
+            ].narrow(a["axis"], 0, shape[a["axis"]]),
+        }
+        try:
+            self.places[node] = x.through(look[a["view"]])
+        except RuntimeError:  # no strides can express this reshape
+            x = self.relaid(x, range(len(x.shape)))
+            self.places[node] = x.through(look[a["view"]])
+
+    def _torch(self, node: Node) -> None:
+        operands = {
+            source: self.place(source)
+            for source in node.inputs
+            if source.shape is not None and source.kind != "constant"
+        }
+        output = None
+        if node.shape is not None:
+            output = dense(Buffer("arena", math.prod(node.shape)), node.shape)
+            self.places[node] = output
+        places = [*operands.values(), *([output] if output else [])]
+        arguments = [(p.buffer, p.offset) for p in places]
+        self.steps.append(Step(node, arguments, None, operands, output))
+
+
+def _image(place: Place) -> tuple[int, int, int]:
+    n, _, h, w = place.strides
+    return (n, h, w)

@@ -1,0 +1,76 @@
+"""How convolutions are cut for the registers, the caches and the threads: a small cost model."""
+
+from __future__ import annotations
+
+from .emit.conv import Conv, ConvTile
+from .emit.tiling import even_sizes
+from .machine import Machine
+
+_TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the others
+_PAGE = 4096  # bytes between addresses that compete for the same cache lines
+
+
+def choose_tile(conv: Conv, machine: Machine, threads: int) -> ConvTile:
+    """Pick the tile with the fewest estimated cycles, and tasks that fit half the L2 cache."""
+    total = -(-conv.channels[1] // machine.width)
+    candidates = [
+        (pixels, vectors)
+        for vectors in range(1, 9)
+        for pixels in range(1, 17)
+        if _fits(pixels, vectors, machine) and vectors <= total and pixels <= conv.size[1]
+    ]
+    pixels, vectors = min(candidates, key=lambda tile: (_cycles(conv, machine, *tile), -tile[1]))
+    blocks = len(even_sizes(conv.size[1], pixels))
+    panels = len(even_sizes(total, vectors))
+    rows = conv.batch * conv.size[0]
+
+    inputs = conv.channels[0]
+    budget = machine.l2 // 4
+    row_bytes = 4 * inputs * conv.size[1] * conv.stride[0] * conv.stride[1]
+    if rows > 1:
+        rows_per_task, blocks_per_task = min(rows, max(1, budget // row_bytes)), blocks
+    else:
+        rows_per_task = 1
+        block_bytes = 4 * inputs * pixels * conv.kernel[0] * conv.stride[1]
+        blocks_per_task = min(blocks, max(1, budget // block_bytes))
+    shares = 1
+    if threads > 1:
+        wanted = _TASKS_PER_THREAD * threads
+        weights = 4 * conv.depth * conv.channels[1]
+        pixels_bytes = 4 * inputs * rows * conv.size[1]
+        # Heavy weights are shared out by channels, so that each thread reads its own.
+        if weights > pixels_bytes:
+            shares = min(panels, max(1, wanted // conv.groups))
+        wanted = -(-wanted // (shares * conv.groups))
+        if rows > 1:
+            rows_per_task = min(rows_per_task, max(1, rows // wanted))
+        else:
+            blocks_per_task = min(blocks_per_task, max(1, blocks // wanted))
+    return ConvTile(pixels, vectors, rows_per_task, blocks_per_task, shares)
+
+
+def _fits(pixels: int, vectors: int, machine: Machine) -> bool:
+    """Accumulators, one vector of weights each, the broadcast input, and a product without FMA."""
+    if pixels == 1:
+        return vectors + 2 <= machine.registers
+    return pixels * vectors + vectors + 1 + (not machine.fma) <= machine.registers
+
+
+def _cycles(conv: Conv, machine: Machine, pixels: int, vectors: int) -> float:
+    total = -(-conv.channels[1] // machine.width)
+    arithmetic = 0.5 if machine.fma else 1.0
+    cycles = 0.0
+    for m, count in _counts(even_sizes(conv.size[1], pixels)):
+        for n, panels in _counts(even_sizes(total, vectors)):
+            # Two multiply-adds and two loads a cycle; four cycles until a sum can be added to.
+            step = max(arithmetic * m * n, (m + n) / 2, 4.0)
+            # Long sums hide the start and the epilogue of a block, short ones do not.
+            cycles += count * panels * (step * conv.depth + 2 * m * n + 10)
+    # Pixels a page apart fall into the same cache set, which holds eight lines at most.
+    if conv.x_strides[2] * 4 % _PAGE == 0 and pixels > 4:
+        cycles *= 1.5
+    return cycles
+
+
+def _counts(sizes: list[int]) -> list[tuple[int, int]]:
+    return [(size, sizes.count(size)) for size in sorted(set(sizes))]

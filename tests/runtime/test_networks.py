@@ -1,0 +1,270 @@
+"""Compiled networks against eager: operators end to end, weights, arguments, threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import separable
+from separable.runtime import CompiledModel
+
+from .kernels import assert_as_exact_as_eager
+
+
+class Call(nn.Module):
+    """A function of one tensor as a module, with layers it may use."""
+
+    def __init__(self, function: Callable[..., object], **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.function(x, **dict(self.layers.items()))
+
+
+def shuffle(x: torch.Tensor) -> torch.Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def squeeze_excite(x: torch.Tensor, a: nn.Module, b: nn.Module) -> torch.Tensor:
+    return x * torch.sigmoid(b(F.relu(a(x.mean((2, 3), keepdim=True)))))
+
+
+def in_place(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+    y = conv(x)
+    y += x
+    y.relu_()
+    z = y.view(2, 12, 70)
+    z.mul_(2.0)  # written through a view
+    return y * 3 + F.hardswish(z.view(2, 12, 10, 7))
+
+
+def c(i: int, o: int, k: int = 1, **named: int) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, padding=k // 2 * named.get("dilation", 1), **named)
+
+
+# name: (network of a [2, 12, 10, 7] input, whether all of it has kernels)
+NETWORKS: dict[str, tuple[nn.Module, bool]] = {
+    "conv-bn-relu": (nn.Sequential(c(12, 20, 3), nn.BatchNorm2d(20), nn.ReLU()), True),
+    "depthwise-separable": (
+        nn.Sequential(c(12, 12, 3, groups=12, stride=2), nn.ReLU6(), c(12, 30), nn.Hardswish()),
+        True,
+    ),
+    "separable-module": (separable.nn.SeparableConv2d(12, 9, 3, padding="same"), True),
+    "bn-first": (nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), c(12, 8)), True),
+    "residual": (Call(lambda x, conv: F.relu(conv(x) + x), conv=c(12, 12, 3)), True),
+    "two-convs-added": (
+        Call(lambda x, a, b: F.silu(a(x) + b(x)), a=c(12, 16, 3), b=c(12, 16)),
+        True,
+    ),
+    "squeeze-excite": (Call(squeeze_excite, a=c(12, 4), b=c(4, 12)), True),
+    "classifier": (
+        nn.Sequential(c(12, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+        True,
+    ),
+    "flatten-image": (nn.Sequential(c(12, 3), nn.Flatten(), nn.Linear(210, 4)), True),
+    "pools": (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, padding=1), c(12, 6)), True),
+    "ceil-pool": (nn.MaxPool2d(3, 2, ceil_mode=True), True),
+    "adaptive-pool": (nn.AdaptiveAvgPool2d((5, 7)), True),
+    "concatenate": (
+        Call(lambda x, a, b: torch.cat([a(x), x, b(x)], 1), a=c(12, 5), b=c(12, 7, 3)),
+        True,
+    ),
+    "dense-block": (
+        Call(
+            lambda x, a, b: torch.cat([x, y := a(x), b(torch.cat([x, y], 1))], 1),
+            a=c(12, 8, 3),
+            b=c(20, 4),
+        ),
+        True,
+    ),
+    "split-shuffle": (
+        Call(
+            lambda x, a: shuffle(torch.cat([(p := x.chunk(2, 1))[0], a(p[1])], 1)), a=c(6, 6, 3)
+        ),
+        True,
+    ),
+    "upsample": (
+        Call(
+            lambda x, a: (
+                F.interpolate(a(x), scale_factor=2, mode="nearest")
+                + F.interpolate(x, size=(20, 14), mode="bilinear")
+            ),
+            a=c(12, 12),
+        ),
+        True,
+    ),
+    "upsample-corners": (nn.Upsample((13, 21), mode="bilinear", align_corners=True), True),
+    "layer-norm-gelu": (
+        Call(
+            lambda x, n, w: w(F.gelu(n(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + x,
+            n=nn.LayerNorm(12),
+            w=nn.Linear(12, 12),
+        ),
+        True,
+    ),
+    "softmax": (Call(lambda x: x.softmax(1) * x.softmax(-1)), True),
+    "pad": (Call(lambda x, a: a(F.pad(x, (0, 1, 2, 3))), a=c(12, 6, 3)), True),
+    "pad-value": (Call(lambda x: F.pad(x, (1, 0, 0, 2), value=1.5)), True),
+    "conv1d": (
+        nn.Sequential(
+            nn.Flatten(2), nn.Conv1d(12, 12, 5, groups=12), nn.GELU(), nn.Conv1d(12, 7, 1)
+        ),
+        True,
+    ),
+    "scalars": (Call(lambda x: (1 - x * 2) / 3 + x.clamp(-0.5, 0.5) - 2 * x), True),
+    "input-twice": (Call(lambda x: x * x + x), True),
+    "layer-scale": (
+        Call(lambda x, a, s: x + s.weight.view(12, 1, 1) * a(x), a=c(12, 12), s=nn.Linear(12, 1)),
+        True,
+    ),
+    "in-place": (Call(in_place, conv=c(12, 12, 3)), True),
+    "several-outputs": (
+        Call(lambda x, a: {"y": (y := a(x)), "m": y.mean((2, 3)), "x": x}, a=c(12, 4)),
+        True,
+    ),
+    "transposed": (nn.Sequential(c(12, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU()), False),
+    "attention": (
+        Call(lambda x, a: F.scaled_dot_product_attention(*[a(x).flatten(2)] * 3), a=c(12, 8)),
+        False,
+    ),
+    "sort": (Call(lambda x, a: a(x).sort(1), a=c(12, 8)), False),
+    "positions": (Call(lambda x: x.argmax(1)), False),
+}  # fmt: skip
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                tensor.data.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def fallbacks(compiled: CompiledModel) -> list[str]:
+    steps = compiled.program.schedule.steps
+    return [str(s.node.attributes["target"]) for s in steps if s.kernel is None and s.node]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("model", "whole"), NETWORKS.values(), ids=NETWORKS.keys())
+def test_networks(model: nn.Module, whole: bool, threads: int) -> None:
+    randomised(model)
+    x = torch.randn(2, 12, 10, 7, generator=torch.Generator().manual_seed(0))
+    compiled = separable.compile(model, x, threads=threads)
+    assert bool(fallbacks(compiled)) != whole, fallbacks(compiled)
+    with torch.no_grad():
+        eager = torch.utils._pytree.tree_leaves(model(x.clone()))
+        exact = torch.utils._pytree.tree_leaves(model.double()(x.double()))
+    model.float()
+    first = torch.utils._pytree.tree_leaves(compiled(x))
+    for _ in range(3):
+        again = torch.utils._pytree.tree_leaves(compiled(x))
+    for y, z, e, d in zip(first, again, eager, exact, strict=True):
+        assert torch.equal(y, z)
+        assert y.dtype == e.dtype
+        if y.dtype == torch.float32:
+            assert_as_exact_as_eager(y, e, d)
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(c(12, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), c(16, 4)).eval()
+
+
+def test_weights_changed_after_compiling_are_seen() -> None:
+    model, x = small(), torch.randn(1, 12, 6, 6)
+    compiled = separable.compile(model, x, threads=1)
+    changes: list[Callable[[], object]] = [
+        lambda: model[0].weight.mul_(2),
+        lambda: model[1].running_mean.add_(1),
+        lambda: setattr(model[3], "bias", nn.Parameter(torch.ones(4))),
+        lambda: model.load_state_dict(small().state_dict()),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            before = compiled(x)
+            change()
+            torch.testing.assert_close(compiled(x), model(x))
+            assert not torch.equal(compiled(x), before)
+
+
+def test_inputs_of_any_stride_and_gradient() -> None:
+    model, x = small(), torch.randn(2, 12, 6, 8)
+    compiled = separable.compile(model, x)
+    expected = model(x).detach()
+    strided = torch.randn(2, 12, 6, 16)[..., ::2].copy_(x)
+    for given in (x.to(memory_format=torch.channels_last), strided, x.clone().requires_grad_()):
+        result = compiled(given)
+        torch.testing.assert_close(result, expected)
+        assert not result.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("argument", "error"),
+    [
+        (torch.zeros(1, 12, 6, 7), ValueError),
+        (torch.zeros(2, 12, 6, 6), ValueError),
+        (torch.zeros(12, 6, 6), ValueError),
+        (torch.zeros(1, 12, 6, 6, dtype=torch.float64), TypeError),
+        (torch.zeros(1, 12, 6, 6, device="meta"), TypeError),
+        (3.0, TypeError),
+    ],
+)
+def test_wrong_arguments_never_reach_native_code(argument: object, error: type) -> None:
+    compiled = separable.compile(small(), torch.zeros(1, 12, 6, 6), threads=1)
+    with pytest.raises(error, match="argument 0"):
+        compiled(argument)
+    with pytest.raises(TypeError, match="as it was compiled"):
+        compiled(torch.zeros(1, 12, 6, 6), argument)
+
+
+def test_compile_rejects() -> None:
+    x = torch.zeros(1, 12, 6, 6)
+    with pytest.raises(ValueError, match="eval mode"):
+        separable.compile(small().train(), x)
+    with pytest.raises(ValueError, match="`threads`"):
+        separable.compile(small(), x, threads=0)
+    with pytest.raises(ValueError, match="`isa`"):
+        separable.compile(small(), x, isa="mmx")
+    with pytest.raises(ValueError, match="into its input"):
+        separable.compile(Call(lambda x: x.relu_()).eval(), x)
+
+
+def test_any_batch_from_one_compile() -> None:
+    model = nn.Sequential(small(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    compiled = separable.compile(model, torch.zeros(2, 12, 6, 6), dynamic_batch=True)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 12, 6, 6)
+        torch.testing.assert_close(compiled(x), model(x).detach())
+    with pytest.raises(ValueError, match="samples"):
+        separable.compile(
+            Call(lambda x: x - x.mean(0, keepdim=True)).eval(),
+            torch.zeros(2, 12, 6, 6),
+            dynamic_batch=True,
+        )
+
+
+def test_many_threads_call_one_model() -> None:
+    model = small()
+    compiled = separable.compile(model, torch.zeros(1, 12, 20, 20), threads=2)
+    failures = []
+
+    def work(seed: int) -> None:
+        x = torch.randn(1, 12, 20, 20, generator=torch.Generator().manual_seed(seed))
+        expected = compiled(x)
+        failures.extend(seed for _ in range(50) if not torch.equal(compiled(x), expected))
+
+    callers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures

@@ -1,0 +1,229 @@
+"""Around the kernels: the object cache, files, torch.compile, explain, fork, the arena."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import separable
+from separable.runtime import jit
+from separable.runtime.benchmark import benchmark
+from separable.runtime.dynamo import GraphRunner, backend
+from separable.runtime.emit.elementwise import Map
+from separable.runtime.emit.kernel import Kernel
+from separable.runtime.machine import host
+from separable.runtime.memory import Buffer, plan_arena
+
+from .kernels import run
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        nn.Conv2d(8, 10, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ).eval()
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    kernel = Kernel(Map((37,), ((1,),), (1,), ("mul", ("x", 0), 2.0)), host())
+    return run(kernel, [x], 37)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEPARABLE_CACHE_DIR", str(tmp_path))
+    jit._LOADED.clear()
+    return tmp_path / "kernels"
+
+
+def test_cache_keeps_and_rebuilds(cache: Path) -> None:
+    x = torch.randn(37)
+    assert torch.equal(double(x), 2 * x)
+    (entry,) = cache.iterdir()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    good = entry.read_bytes()
+    for bad in (good[:-1], b"", good[:40] + bytes([good[40] ^ 1]) + good[41:]):
+        entry.write_bytes(bad)
+        jit._LOADED.clear()
+        assert torch.equal(double(x), 2 * x)
+        assert entry.read_bytes() == good
+    assert [file.name for file in cache.iterdir()] == [entry.name]
+
+
+def test_cache_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(37)
+    double(x)
+    jit._LOADED.clear()
+    monkeypatch.setattr(jit, "emit_object", lambda *_: pytest.fail("compiled again"))
+    assert torch.equal(double(x), 2 * x)
+
+
+def test_cache_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEPARABLE_CACHE", "0")
+    double(torch.randn(37))
+    assert not cache.exists()
+
+
+def test_cache_folder_open_to_others_is_closed(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    double(torch.randn(37))
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_broken_ir_raises() -> None:
+    with pytest.raises(RuntimeError):
+        jit.compile_ir("define void @kernel() { ret i32 0 }", host())
+
+
+@pytest.mark.parametrize("same_cpu", [True, False])
+def test_files(tmp_path: Path, same_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), torch.randn(2, 3, 20, 20)
+    compiled = separable.compile(model, x, threads=2)
+    file = tmp_path / "model.bin"
+    compiled.save(file)
+    if not same_cpu:
+        monkeypatch.setattr(jit, "load_object", lambda *_: pytest.fail("used foreign code"))
+        monkeypatch.setattr("separable.runtime.files._signed", lambda *_: False)
+    else:
+        monkeypatch.setattr(jit, "emit_object", lambda *_: pytest.fail("compiled again"))
+    loaded = separable.load_compiled(file)
+    assert torch.equal(loaded(x), compiled(x))
+    with pytest.raises(ValueError, match="argument 0"):
+        loaded(x[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    separable.compile(network(), torch.randn(1, 3, 9, 9), threads=1).save(file)
+    data = file.read_bytes()
+    for damage in (data[:-1], data[:100], data[:5000] + b"!" + data[5001:], b"", b"PK" + data):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"damaged|not a compiled model"):
+            separable.load_compiled(file)
+
+
+def test_models_with_torch_parts_are_not_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2)).eval()
+    compiled = separable.compile(model, torch.randn(1, 3, 5, 5))
+    with pytest.raises(ValueError, match="in torch"):
+        compiled.save(tmp_path / "model.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_compile() -> None:
+    made: list[object] = []
+
+    def spy(*args: object, **named: object) -> object:
+        made.append(backend(*args, **named))  # type: ignore[arg-type]
+        return made[-1]
+
+    model = network()
+    fast = torch.compile(model, backend=spy)
+    with torch.no_grad():
+        for batch in (1, 2, 3):
+            x = torch.randn(batch, 3, 20, 20)
+            torch.testing.assert_close(fast(x), model(x))
+        model[1].running_mean.add_(1.0)
+        torch.testing.assert_close(fast(x), model(x))
+    assert all(isinstance(runner, GraphRunner) for runner in made)
+    x.requires_grad_()
+    fast(x).sum().backward()
+    assert x.grad is not None
+    assert not isinstance(made[-1], GraphRunner)
+    torch.compiler.reset()
+
+
+def test_entry_point() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    target = project["project"]["entry-points"]["torch_dynamo_backends"]["separable"]
+    module, _, name = target.partition(":")
+    assert getattr(importlib.import_module(module), name) is backend
+
+
+def test_explain_and_assembly() -> None:
+    model = nn.Sequential(network()[:5], nn.ConvTranspose2d(10, 4, 2)).eval()
+    compiled = separable.compile(model, torch.randn(1, 3, 20, 20))
+    explanation = compiled.explain(repeats=2)
+    assert [row.operation for row in explanation.rows[:3]] == ["3×3", "window conv", "pointwise"]
+    assert explanation.rows[0].fused == ("0.1", "0.2")
+    assert [row.layer for row in explanation.fallbacks] == ["1"]
+    assert "torch: aten.conv_transpose2d" in str(explanation)
+    macs = [8 * 27 * 100, 8 * 9 * 100, 8 * 10 * 100]
+    assert [row.macs for row in explanation.rows[:3]] == macs
+    assert "kernel:" in compiled.assembly("0.0")
+    with pytest.raises(ValueError, match="`layer`"):
+        compiled.assembly("nowhere")
+
+
+def test_benchmark() -> None:
+    result = benchmark(network(), (1, 3, 20, 20), against=["eager"], turns=2, network="small")
+    assert [t.runtime for t in result.timings] == ["separable", "eager"]
+    assert all(t.median > 0 and not t.note for t in result.timings)
+    assert "small" in str(result)
+    with pytest.raises(ValueError, match="known are"):
+        benchmark(network(), (1, 3, 20, 20), against=["tensorflow"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_arena_never_overlaps(lives: list[tuple[int, int, int]]) -> None:
+    buffers = [Buffer("arena", size) for size, *_ in lives]
+    spans = [(min(a, b), max(a, b)) for _, a, b in lives]
+    steps = [
+        [b for b, (first, last) in zip(buffers, spans, strict=True) if t in (first, last)]
+        for t in range(10)
+    ]
+    total = plan_arena(steps)
+    for i, (a, (a_first, a_last)) in enumerate(zip(buffers, spans, strict=True)):
+        assert 0 <= a.offset <= total - a.size
+        for b, (b_first, b_last) in zip(buffers[:i], spans[:i], strict=True):
+            if a_first <= b_last and b_first <= a_last:
+                assert a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_after_use() -> None:
+    # In a process of its own: torch's threads make a fork of this one unsafe.
+    script = (
+        "import os, torch, separable\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3)).eval()\n"
+        "x = torch.randn(1, 3, 64, 64)\n"
+        "fast = separable.compile(model, x, threads=2)\n"
+        "expected = fast(x)\n"
+        "child = os.fork()\n"
+        "same = all(torch.equal(fast(x), expected) for _ in range(20))\n"
+        "if child == 0:\n"
+        "    os._exit(0 if same else 3)\n"
+        "assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_idle_workers_sleep() -> None:
+    compiled = separable.compile(network(), torch.randn(1, 3, 20, 20), threads=2)
+    compiled(torch.randn(1, 3, 20, 20))
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
