@@ -12,45 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from separable.runtime.benchmark import benchmark
-
-
-def mobilenet_v1() -> nn.Module:
-    def block(i: int, o: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(i, i, 3, stride, 1, groups=i, bias=False),
-            nn.BatchNorm2d(i),
-            nn.ReLU(),
-            nn.Conv2d(i, o, 1, bias=False),
-            nn.BatchNorm2d(o),
-            nn.ReLU(),
-        )
-
-    sizes = [(32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2)]
-    sizes += [(512, 512, 1)] * 5 + [(512, 1024, 2), (1024, 1024, 1)]
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        *(block(*size) for size in sizes),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(1024, 1000),
-    )
+from separable.cost import keep_freed_memory
+from separable.models import create_model
+from separable.runtime.benchmarking import benchmark
 
 
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "mobilenet_v1":
-        model = mobilenet_v1()
-    elif name.startswith("timm/"):
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm/"))
-    else:
-        import torchvision
-
-        model = torchvision.models.get_model(name, weights=None)
+    model = create_model(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -60,8 +29,9 @@ def network(name: str) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    defaults = ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"]
-    defaults += ["timm/mobilenetv4_conv_small", "convnext_tiny", "resnet18"]
+    zoo = ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "resnet18"]
+    defaults = ["separable:mobilenet_v1", *(f"torchvision:{name}" for name in zoo)]
+    defaults.append("timm:mobilenetv4_conv_small")
     parser.add_argument("networks", nargs="*", default=defaults)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -70,6 +40,7 @@ def main() -> None:
     parser.add_argument("--against", default="eager,channels_last,inductor,onnxruntime,openvino")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    keep_freed_memory()
     results = []
     for name in arguments.networks:
         for batch in arguments.batch:

@@ -18,7 +18,7 @@ from torch import nn
 
 import separable
 from separable.runtime import jit
-from separable.runtime.benchmark import benchmark
+from separable.runtime.benchmarking import benchmark
 from separable.runtime.dynamo import GraphRunner, backend
 from separable.runtime.emit.elementwise import Map
 from separable.runtime.emit.kernel import Kernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import conversion, cost, demo
+from . import conversion, cost, demo, runtime
 from .errors import Group
 
 __all__ = ["main"]
@@ -29,6 +29,8 @@ COMMANDS = (
     cost.measure,
     cost.crosscheck,
     conversion.convert,
+    runtime.explain,
+    runtime.bench,
     demo.demo,
 )
 for command in COMMANDS:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from .account import Account, Cost, Row
 from .inputs import DTypes, Inputs, Sizes, make_inputs, model_device
-from .untouched import held_tensors, plain_operators, train_flags, untouched
+from .preserving import held_tensors, plain_operators, train_flags, untouched
 from .walk import Unbatched, Walk, tensors_in
 
 

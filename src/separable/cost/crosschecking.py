@@ -23,7 +23,7 @@ from .account import Account, Format, check_format, draw
 from .counters import COUNTERS, Counter
 from .counting import count, unwrap
 from .inputs import Inputs, Sizes, make_inputs
-from .untouched import train_flags, untouched
+from .preserving import train_flags, untouched
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
-from .untouched import held_tensors, train_flags, untouched
+from .preserving import held_tensors, train_flags, untouched
 
 
 def measure(

@@ -14,7 +14,7 @@ from .compiled import CompiledModel
 from .execute import Program
 from .graph import Graph, Recipe, optimise
 from .importing import NeedsFunctionalisation, import_graph
-from .schedule import schedule
+from .scheduling import schedule
 from .weights import Weights, exported_weights
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .execute import Program
-from .explain import Explanation, assembly, explain
+from .explaining import Explanation, assembly, explain
 from .weights import Weights
 
 

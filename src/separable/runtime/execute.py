@@ -20,7 +20,7 @@ from .emit.kernel import Kernel
 from .graph import Node
 from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
-from .schedule import Schedule, Step
+from .scheduling import Schedule, Step
 from .threads import address_of, driver_code, workers
 
 _FLOAT = 4  # bytes

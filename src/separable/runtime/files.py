@@ -34,7 +34,7 @@ from .emit.window import Window
 from .execute import Program
 from .graph import Node
 from .memory import Buffer
-from .schedule import Schedule, Step
+from .scheduling import Schedule, Step
 
 _MAGIC = b"separable-runtime"
 _FORMAT = 1

@@ -15,7 +15,7 @@ from .emit.kernel import Kernel
 from .execute import Program
 from .memory import Buffer
 from .roofline import Peak
-from .schedule import Step
+from .scheduling import Step
 
 
 @dataclass(frozen=True)

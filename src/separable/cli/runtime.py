@@ -1,0 +1,86 @@
+"""Commands of the runtime: explain and bench."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .options import MODEL_HELP, input_size, load, output_format, threads
+
+RUNTIMES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _thread_counts(text: str) -> tuple[int, ...]:
+    """Read 1 or 1,2."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{text!r} must be whole numbers of at least 1, as in 1,2")
+    return tuple(map(int, parts))
+
+
+def _table_or_json(style: str) -> None:
+    if style not in ("table", "json"):
+        raise click.UsageError(f"--format {style} is not made for this command; use table or json")
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("model")
+@input_size
+@threads
+@click.option("--isa", help="Instruction set, as in avx2; the best one if left out.")
+@click.option("--asm", "layer", help="Print the assembly of this layer instead.")
+def explain(
+    model: str, input_size: tuple[int, ...], threads: int | None, isa: str | None, layer: str | None
+) -> None:
+    """Compile a network, and say what runs in which kernel and how fast.
+
+    \b
+    separable explain torchvision:mobilenet_v2 --threads 1
+    separable explain torchvision:mobilenet_v2 --asm features.1.conv.0.0
+    """
+    import torch
+
+    from .. import runtime
+
+    compiled = runtime.compile(load(model), torch.zeros(input_size), threads=threads, isa=isa)
+    click.echo(str(compiled.explain()) if layer is None else compiled.assembly(layer))
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("model")
+@input_size
+@output_format
+@click.option("--threads", type=_thread_counts, default="1", show_default=True, help="As in 1,2.")
+@click.option("--against", type=_names, default=",".join(RUNTIMES), show_default=True)
+@click.option("--turns", type=click.IntRange(1), default=30, show_default=True)
+def bench(
+    model: str,
+    input_size: tuple[int, ...],
+    style: Any,
+    threads: tuple[int, ...],
+    against: tuple[str, ...],
+    turns: int,
+) -> str:
+    """Time a network in the runtime and in others, in turns, outputs checked first.
+
+    \b
+    separable bench torchvision:mobilenet_v2 --threads 1,2 --against eager,onnxruntime
+    """
+    _table_or_json(style)
+    from .. import cost
+    from ..runtime.benchmarking import benchmark
+
+    cost.keep_freed_memory()
+    network = load(model)
+    results = [
+        benchmark(network, input_size, count, against, turns, network=model) for count in threads
+    ]
+    if style == "json":
+        return json.dumps([result.to_dict() for result in results], indent=2)
+    return "\n\n".join(map(str, results))
