@@ -18,7 +18,7 @@ import llvmlite.binding as llvm
 from .machine import Machine, initialize_llvm
 
 # Raised when the layout of cache entries or the calling convention of kernels changes.
-FORMAT = 2
+FORMAT = 3
 _DIGEST = hashlib.sha256
 _LOADED: WeakValueDictionary[str, Code] = WeakValueDictionary()
 _LOCK = threading.Lock()
@@ -109,8 +109,14 @@ def _optimised(ir: str, target: llvm.TargetMachine) -> llvm.ModuleRef:
 
 def _target(machine: Machine) -> llvm.TargetMachine:
     initialize_llvm()
+    # code and constants are mapped apart, in a large process by more than the 2 GiB of "small"
     return llvm.Target.from_triple(machine.triple).create_target_machine(
-        cpu=machine.cpu, features=machine.features, opt=3, reloc="pic", codemodel="small", jit=True
+        cpu=machine.cpu,
+        features=machine.features,
+        opt=3,
+        reloc="static",
+        codemodel="large",
+        jit=True,
     )
 
 
