@@ -62,8 +62,8 @@ def test_torchvision_agrees_with_its_own_figures(name: str) -> None:
         assert account.macs / 1e9 == pytest.approx(entry.meta["_ops"], abs=1.01e-3)
 
 
-# the shortest name of each of timm's modules, and families that share a module with others; left out
-# is what takes long, an LSTM over each row and column
+# the shortest name of each of timm's modules, and families that share a module with others; an LSTM
+# over each row and column takes long and is left out
 LEFT_OUT = {"sequencer2d_l"}
 FURTHER = set(
     """
