@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -347,9 +348,43 @@ def test_saved_for_backward() -> None:
     assert separable.count(chain, (1, 3, 10, 10), backward=False).backward_macs == 0
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm(10)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_saved_for_backward_is_what_autograd_keeps(layer: nn.Module, training: bool) -> None:
+    """Indices and statistics included, which only the backward pass reads."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Conv2d(8, 5, 1)).train(training)
+    x = torch.ones(1, 3, 10, 10)
+    account = separable.count(model, inputs=x, training=training)
+    held = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)  # keeps the graph, so that no address is used twice
+    assert account.saved_for_backward_bytes == sum(saved.values())
+    del output
+
+
+def test_one_sample_of_a_large_batch_is_as_large_as_itself() -> None:
+    batch = torch.zeros(64, 3, 10, 10)
+    account = separable.count(nn.Conv2d(3, 8, 1), inputs=batch[:1])
+    assert account.peak_activation_bytes == 4 * 100 * (3 + 8)
+    assert account.saved_for_backward_bytes == 4 * 100 * 3
+
+
 def test_traffic_counts_dtypes_and_expanded_tensors_once() -> None:
     half = separable.count(nn.Conv2d(3, 8, 1, bias=False).half(), (1, 3, 10, 10))
     assert half.traffic_bytes == 2 * (300 + 24 + 800)
+    assert half.param_bytes == 2 * 24
     expanded = Function(lambda x, y: x * y.expand(5, 10))
     account = separable.count(expanded, inputs=(torch.zeros(5, 10), torch.zeros(1, 10)))
     assert account.traffic_bytes == 4 * (50 + 10 + 50)
@@ -394,6 +429,27 @@ def test_unknown_operators_are_named_and_make_a_lower_bound() -> None:
         separable.count(model, (1, 3, 5, 5), strict=True)
 
 
+def test_what_the_walk_does_not_see_is_named() -> None:
+    def in_a_thread(conv: nn.Module, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(conv, x).result()
+
+    account = separable.count(Wrapped(in_a_thread), (1, 3, 8, 8))
+    assert account.unknown == ("operators in other threads",)
+    branches = Wrapped(lambda conv, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (conv(x),)))
+    account = separable.count(branches, (1, 3, 8, 8), training=True)
+    assert account.unknown == ("cond",)
+    assert account.macs == 8 * 64 * 27
+
+
+def test_gradients_inside_of_a_forward_are_counted_without_a_backward_pass() -> None:
+    def gradient(conv: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: conv(x).sum())(x)
+
+    account = separable.count(Wrapped(gradient), (1, 3, 8, 8), backward=False)
+    assert account.macs == 8 * 64 * 27
+
+
 def test_a_formula_can_be_added() -> None:
     from separable.cost import Cost, formula, operation
 
@@ -412,6 +468,9 @@ def test_errors_name_the_argument() -> None:
     conv = nn.Conv2d(3, 4, 3)
     with pytest.raises(ValueError, match=r"`input_size` .* must include the batch, as in \(1, 3"):
         separable.count(conv, (3, 10, 10))
+    scaled = Wrapped(lambda conv, x: conv(x / 255))
+    with pytest.raises(ValueError, match=r"`input_size` .* must include the batch, as in \(1, 3"):
+        separable.count(scaled, (3, 10, 10))
     with pytest.raises(TypeError, match="`input_size` or `inputs` is missing"):
         separable.count(conv)
     with pytest.raises(TypeError, match="exclude each other"):
@@ -493,7 +552,8 @@ def test_formats(format: str) -> None:
         assert json.loads(text)["rows"][1]["name"] == "0"
     elif format == "csv":
         rows = list(csv.DictReader(io.StringIO(text)))
-        assert [row["Module"].strip() for row in rows] == ["(network)", "0", "1"]
+        assert [row["name"] for row in rows] == ["", "0", "1"]
+        assert [int(row["macs"]) for row in rows] == [account.macs, account.macs, 0]
     else:
         assert f"{account.macs:,}" in text
         assert "padding zeros included" in text
@@ -531,6 +591,38 @@ def test_elementwise_norm_and_pool_columns() -> None:
     assert separable.count(nn.Upsample(scale_factor=2, mode="bilinear"), (n, c, 3, 3)).pool == (
         n * c * 36 * 4
     )
+
+
+COLUMNS = {
+    "bicubic": (nn.Upsample(scale_factor=2, mode="bicubic"), (2, 3, 5, 5), "pool", 600 * 16),
+    "trilinear": (nn.Upsample(scale_factor=2, mode="trilinear"), (1, 2, 3, 3, 3), "pool", 432 * 8),
+    "average 1d": (nn.AvgPool1d(3), (2, 4, 9), "pool", 2 * 4 * 3 * 3),
+    "average 3d": (nn.AvgPool3d(2), (1, 2, 4, 4, 4), "pool", 2 * 8 * 8),
+    "sum": (Function(torch.sum), (5, 7), "elementwise", 35),
+    "log softmax": (nn.LogSoftmax(-1), (5, 7), "elementwise", 3 * 35),
+    "bias of a vector": (
+        Function(lambda x: torch.addmm(torch.ones(7), x, x)),
+        (7, 7),
+        "bias_adds",
+        49,
+    ),
+    "addend of a matrix": (Function(lambda x: torch.addmm(x, x, x)), (7, 7), "elementwise", 49),
+    "no addend": (Function(lambda x: torch.addmm(x, x, x, beta=0)), (7, 7), "flops", 2 * 343),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_other_columns(name: str) -> None:
+    model, size, column, expected = COLUMNS[name]
+    assert getattr(separable.count(model, size), column) == expected
+
+
+@pytest.mark.parametrize(("mode", "taps"), [("bilinear", 4), ("nearest", 0), ("bicubic", 16)])
+def test_grid_sampling_counts_its_taps(mode: str, taps: int) -> None:
+    def sample(x: Tensor, grid: Tensor) -> Tensor:
+        return F.grid_sample(x, grid, mode=mode, align_corners=False)
+
+    assert separable.count(Function(sample), [(2, 3, 5, 5), (2, 4, 6, 2)]).pool == 144 * taps
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])

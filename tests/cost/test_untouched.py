@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -124,3 +126,24 @@ def test_parameters_keep_their_identity_and_version() -> None:
     for (tensor, version), current in zip(held, now, strict=True):
         assert tensor is current
         assert tensor._version == version
+
+
+@pytest.mark.parametrize("on_values", [False, True], ids=["fake", "real"])
+def test_nothing_is_kept(on_values: bool) -> None:
+    """An operator that saves its own output, as ReLU does, must not hold itself and the model."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).relu()
+            return y * float(y.sum()) if on_values else y
+
+    model = Net()
+    separable.count(model, (1, 3, 8, 8))
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

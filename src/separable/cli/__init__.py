@@ -14,7 +14,7 @@ from .errors import Group
 __all__ = ["main"]
 
 
-@click.group(cls=Group, invoke_without_command=True)
+@click.group("separable", cls=Group, invoke_without_command=True)
 @click.version_option(__version__, package_name="separable")
 @click.pass_context
 def main(context: click.Context) -> None:

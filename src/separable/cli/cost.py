@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format, padding, size
+from .options import MODEL_HELP, input_size, load, output_format, padding, size, threads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,16 @@ def count(
 @click.option("--stride", type=size, help="Its step; 1 if left out.")
 @click.option("--padding", type=padding, help="Samples on each side, same or valid.")
 @click.option("--dilation", type=size, help="Distance between its taps; 1 if left out.")
-def compare(models: tuple[str, ...], input_size: tuple[int, ...], style: Any, **layer: Any) -> str:
+@click.option("--latency/--no-latency", default=True, help="Whether to time both.")
+@threads
+def compare(
+    models: tuple[str, ...],
+    input_size: tuple[int, ...],
+    style: Any,
+    latency: bool,
+    threads: int | None,
+    **layer: Any,
+) -> str:
     """Compare two networks, or a layer's two forms, and time both.
 
     The first network is the regular one. Without networks the layer's options are needed:
@@ -61,7 +70,8 @@ def compare(models: tuple[str, ...], input_size: tuple[int, ...], style: Any, **
     from .. import cost
 
     cost.keep_freed_memory()
-    return cost.compare(regular, separable_form, input_size=input_size).to_string(style)
+    comparison = cost.compare(regular, separable_form, input_size, latency=latency, threads=threads)
+    return comparison.to_string(style)
 
 
 def _flag(name: str) -> str:
@@ -97,15 +107,23 @@ def _layers(options: dict[str, Any], dims: int) -> tuple[nn.Module, nn.Module]:
 @input_size
 @output_format
 @click.option("--device", default="cpu", show_default=True, help="Where to run, as in cuda:0.")
-def measure(model: str, input_size: tuple[int, ...], style: Any, device: str) -> str:
+@click.option("--per-layer", is_flag=True, help="Time every module too.")
+@threads
+def measure(
+    model: str,
+    input_size: tuple[int, ...],
+    style: Any,
+    device: str,
+    per_layer: bool,
+    threads: int | None,
+) -> str:
     """Measure a network's latency and peak memory."""
-    import torch
-
     from .. import cost
 
     cost.keep_freed_memory()
     network = load(model).to(device)
-    return cost.measure(network, torch.randn(input_size, device=device)).to_string(style)
+    measurement = cost.measure(network, input_size=input_size, threads=threads, per_layer=per_layer)
+    return measurement.to_string(style)
 
 
 @click.command(epilog=MODEL_HELP)

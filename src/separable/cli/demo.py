@@ -19,7 +19,7 @@ from .options import output_format
     show_default=True,
     help="Folder for demo.png and demo.json.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     """Train both forms on real data and compare them, in two minutes.

@@ -58,6 +58,15 @@ def input_size(function: Function) -> Function:
     )(function)
 
 
+def threads(function: Function) -> Function:
+    """Add `--threads`."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Threads that an operator may use; torch's own number if left out.",
+    )(function)
+
+
 def output_format(function: Function) -> Function:
     """Add `--format` and `--json`, and print the text that the command returns.
 

@@ -138,7 +138,7 @@ class Account(Cost):
         """Draw the account.
 
         Args:
-            format: "table" (text), "json", "csv", "markdown" or "html".
+            format: "table" (text), "json", "csv" (the rows, bare numbers), "markdown" or "html".
             depth: how many levels of modules to show; None shows all.
 
         Raises:
@@ -149,22 +149,19 @@ class Account(Cost):
             raise ValueError(f"`depth` (={depth}) must be 0 or more, or None for all levels")
         if format == "json":
             return json.dumps(self.to_dict(), indent=2)
-        modules = self._modules_table(depth)
+        rows = [row for row in self.rows if depth is None or row.depth <= depth]
         if format == "csv":
-            return draw(modules, format)
-        return "\n\n".join(
-            [draw(modules, format), draw(self._totals_table(), format), *self._remarks()]
-        )
+            return draw(_plain_table(rows), format)
+        tables = self._modules_table(rows), self._totals_table()
+        return "\n\n".join([*(draw(table, format) for table in tables), *self._remarks()])
 
-    def _modules_table(self, depth: int | None) -> PrettyTable:
+    def _modules_table(self, rows: list[Row]) -> PrettyTable:
         table = PrettyTable(
             ["Module", "Type", "Output", "Parameters", "MACs", "Share", "Other ops", "Traffic (B)"]
         )
         table.align = "r"
         table.align["Module"] = table.align["Type"] = table.align["Output"] = "l"
-        for row in self.rows:
-            if depth is not None and row.depth > depth:
-                continue
+        for row in rows:
             leaf = row.name.rpartition(".")[2] or "(network)"
             kind = row.kind + (f" ×{row.calls}" if row.calls > 1 else "")
             table.add_row(
@@ -204,6 +201,16 @@ class Account(Cost):
 
     def _repr_html_(self) -> str:
         return self.to_string("html")
+
+
+def _plain_table(rows: list[Row]) -> PrettyTable:
+    """Names and bare numbers, for programs to read."""
+    columns = ["name", "kind", "calls", "params", *Cost.__dataclass_fields__, "flops"]
+    table = PrettyTable([*columns, "output_shape"])
+    for row in rows:
+        shape = "x".join(map(str, row.output_shape or ()))
+        table.add_row([*(getattr(row, column) for column in columns), shape])
+    return table
 
 
 CONVENTIONS = {

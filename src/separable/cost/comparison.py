@@ -115,6 +115,8 @@ class Comparison:
         check_format(format)
         if format == "json":
             return json.dumps(self.to_dict(), indent=2)
+        if format == "csv":
+            return draw(self._plain_table(), format)
         table = PrettyTable(["Metric", "Regular", "Separable", "Ratio", "Change", "Convention"])
         table.align = "r"
         table.align["Metric"] = table.align["Convention"] = "l"
@@ -136,9 +138,14 @@ class Comparison:
                     _convention(name),
                 ]
             )
-        if format == "csv":
-            return draw(table, format)
         return "\n\n".join([draw(table, format), *self._remarks()])
+
+    def _plain_table(self) -> PrettyTable:
+        """Names and bare numbers, for programs to read."""
+        table = PrettyTable(["metric", "regular", "separable", "ratio"])
+        for name, both in self.figures.items():
+            table.add_row([name, *both, self.ratio[name]])
+        return table
 
     def _remarks(self) -> list[str]:
         if self.measured is None:

@@ -155,7 +155,8 @@ def _count_operators(
             stack.enter_context(torch.set_grad_enabled(backward))
             if fake is not None:
                 stack.enter_context(fake)  # what is drawn then has no values
-                walk.run(draw().map(fake.from_tensor))
+                # a clone, as below: one sample of a large batch is an activation of its own size
+                walk.run(draw().map(lambda tensor: fake.from_tensor(tensor).clone()))
             else:
                 walk.run(draw().map(torch.clone))
         return walk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,5 +117,10 @@ def _check_sizes(input_size: Any) -> list[tuple[int, ...]]:
 def _draw(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "meta" or not dtype.is_floating_point:
         return torch.zeros(size, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
+    generator = _generator().manual_seed(0)
     return torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
+
+
+@functools.cache
+def _generator() -> torch.Generator:
+    return torch.Generator()  # one for all, because torch's fake tensors keep each that they meet

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,8 +30,20 @@ class Unbatched(ValueError):
     """An `input_size` without its batch."""
 
 
+class Box:
+    """Holds a tensor that autograd saved.
+
+    An operator that saves its own output would hold itself for ever, were the box not emptied.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+
 class Walk(TorchDispatchMode):
     """Runs a model and records the cost of every operator under the module that calls it."""
+
+    supports_higher_order_operators = True  # such as `torch.cond`: named as unknown
 
     def __init__(
         self, model: nn.Module, fake: FakeTensorMode | None, *, reject_unbatched: bool
@@ -45,17 +59,24 @@ class Walk(TorchDispatchMode):
         self.output_shape: dict[str, tuple[int, ...] | None] = {}
         self.unknown: set[str] = set()
         self.activations = Activations()
+        self.by_products: dict[int, int] = {}  # sizes of results that only a backward pass reads
         self.saved: dict[int, int] = {}
+        self.boxes: weakref.WeakSet[Box] = weakref.WeakSet()
+        self.thread = threading.get_ident()
         self.margins: dict[int, tuple[tuple[int, ...], Margins]] = {}
 
     def run(self, inputs: Inputs) -> None:
         """Run the model on inputs, its forward included, and record."""
         tensors = tensors_in((inputs.args, inputs.kwargs))
         self.input_shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        self.inputs = {id(tensor) for tensor in tensors}
         for tensor in tensors:
             self.activations.make(tensor)
-        with self._follow_modules(), saved_tensors_hooks(self._save, lambda tensor: tensor), self:
+        with ExitStack() as stack:
+            stack.enter_context(self._follow_modules())
+            if torch.is_grad_enabled():  # transforms of torch.func refuse these hooks
+                stack.enter_context(saved_tensors_hooks(self._save, lambda box: box.tensor))
+                stack.callback(self._empty_boxes)
+            stack.enter_context(self)
             output = self.model(*inputs.args, **inputs.kwargs)
         results = tensors_in(output)
         self.output_shapes = tuple(tuple(tensor.shape) for tensor in results)
@@ -73,6 +94,10 @@ class Walk(TorchDispatchMode):
             yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != self.thread:  # a dispatch mode sees its own thread only
+            if id(module) in self.names:
+                self.unknown.add("operators in other threads")
+            return
         name = self.names.get(id(module), self.stack[-1])
         self.stack.append(name)
         if id(module) in self.names:
@@ -81,24 +106,36 @@ class Walk(TorchDispatchMode):
             self.reject_unbatched
             and isinstance(module, _ConvNd)
             and args
-            and id(args[0]) in self.inputs
             and args[0].dim() == len(module.kernel_size) + 1
+            and (size := self._size_of(args[0].dim())) is not None
         ):
-            size = tuple(args[0].shape)
             raise Unbatched(f"`input_size` (={size}) must include the batch, as in {(1, *size)}")
 
+    def _size_of(self, dims: int) -> tuple[int, ...] | None:
+        """The first size with so many dimensions: a sample that a loop takes has fewer."""
+        return next((size for size in self.input_shapes if len(size) == dims), None)
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         self.stack.pop()
         name = self.names.get(id(module))
         if name is not None and name not in self.output_shape:
             first = next(iter(tensors_in(output)), None)
             self.output_shape[name] = None if first is None else tuple(first.shape)
 
-    def _save(self, tensor: Tensor) -> Tensor:
+    def _save(self, tensor: Tensor) -> Box:
         key = self.activations.key(tensor)
-        if key in self.activations.size:
-            self.saved[key] = self.activations.size[key]
-        return tensor
+        size = self.activations.size.get(key, self.by_products.get(key))
+        if size is not None:
+            self.saved[key] = size
+        box = Box(tensor)
+        self.boxes.add(box)
+        return box
+
+    def _empty_boxes(self) -> None:
+        for box in self.boxes:
+            box.tensor = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -128,6 +165,7 @@ class Walk(TorchDispatchMode):
     def _record(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         results = tensors_in(result)
         if name in FIRST_RESULT_ONLY:
+            self.by_products.update((self.activations.key(t), _bytes(t)) for t in results[1:])
             results = results[:1]
         operands = tensors_in((args, kwargs))
         if not results or _is_view(func):

@@ -200,7 +200,7 @@ class Story:
         return self.to_string()
 
 
-def tell(out: Path, *, epochs: int = 12, seed: int = 0, width: float = 0.25) -> Story:
+def tell(out: Path, *, epochs: int = 10, seed: int = 0, width: float = 0.25) -> Story:
     """Train MobileNetV1 in both forms on handwritten digits, and compare what they cost.
 
     Writes the picture `demo.png` and the figures `demo.json` into `out` once all is done.

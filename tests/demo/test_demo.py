@@ -1,0 +1,174 @@
+"""The demo: its data, its interval, its training, and what it writes."""
+
+import dataclasses
+import json
+import math
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from separable.demo import story as story_module
+from separable.demo import tell
+from separable.demo.digits import Digits, load_digits
+from separable.demo.learning import fit, steps_per_epoch, wilson_interval
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+def few(digits, images=64):
+    """The first images of each part."""
+    return Digits(*(getattr(digits, field.name)[:images] for field in dataclasses.fields(digits)))
+
+
+def test_digits_are_split_by_class(digits):
+    assert digits.train_images.shape == (1257, 1, 32, 32)
+    assert digits.test_images.shape == (540, 1, 32, 32)
+    for labels, total in ((digits.train_labels, 1257), (digits.test_labels, 540)):
+        assert (labels.bincount() / total - 0.1).abs().max() < 0.01
+    again = load_digits()
+    assert torch.equal(again.test_labels, digits.test_labels)
+    assert abs(digits.train_images.mean()) < 1e-4
+    assert abs(digits.train_images.std() - 1) < 1e-4
+
+
+def test_no_test_image_is_trained_on(digits):
+    train = {image.numpy().tobytes() for image in digits.train_images}
+    assert not any(image.numpy().tobytes() in train for image in digits.test_images)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (529, 540), (3, 7), (1, 1)])
+def test_wilson_interval_solves_its_definition(correct, total):
+    """At each end p the score (share - p) / sqrt(p (1 - p) / total) is the quantile ±z."""
+    z = 1.959964
+    low, high = wilson_interval(correct, total)
+    share = correct / total
+    assert 0 <= low <= share <= high + 1e-12 <= 1 + 2e-12
+    for end in (low, high):
+        assert math.isclose(
+            (share - end) ** 2, z**2 * end * (1 - end) / total, rel_tol=1e-6, abs_tol=1e-12
+        )
+    assert high - low > 0
+
+
+def test_training_learns_and_is_reproducible(digits):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 16, 8, stride=4),
+            torch.nn.BatchNorm2d(16),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(16 * 7 * 7, 10),
+        )
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    data, steps = few(digits, 320), []
+    runs = []
+    for _ in range(2):
+        network.load_state_dict(start)
+        generator = torch.Generator().manual_seed(0)
+        runs.append(
+            fit(network, data, 3, generator=generator, after_step=lambda: steps.append(None))
+        )
+    assert runs[0] == runs[1]
+    assert runs[0][-1] < 0.8 * runs[0][0]
+    assert len(steps) == 2 * 3 * steps_per_epoch(data) == 60
+    assert not network.training
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, digits):
+    out = tmp_path_factory.mktemp("told") / "new" / "folder"
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story_module, "load_digits", lambda: few(digits))
+        told = tell(out, epochs=1, seed=3)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    return told, out
+
+
+def test_story_compares_the_two_forms(told):
+    story, _ = told
+    regular, separable = story.contenders
+    assert (regular.name, separable.name) == ("regular", "separable")
+    # 13 blocks at width 0.25, counted by hand: 9·C·N against 9·C + C·N weights, and their norms
+    channels = [8, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128, 256, 256]
+    rest = 9 * 8 + 2 * 8 + 257 * 10
+    pairs = list(pairwise(channels))
+    assert regular.account.params == rest + sum(9 * c * n + 2 * n for c, n in pairs)
+    assert separable.account.params == rest + sum(9 * c + c * n + 2 * (c + n) for c, n in pairs)
+    savings = story.savings(separable)
+    assert savings["macs"] == regular.account.macs / separable.account.macs > 7
+    assert savings["traffic_bytes"] < 1
+    assert story.promise_kept(separable) == savings["latency"] / savings["macs"]
+    assert story.savings(regular)["latency"] == story.promise_kept(regular) == 1
+    assert 0 <= separable.interval[0] <= separable.accuracy <= separable.interval[1] <= 1
+    assert len(separable.losses) == 1
+
+
+def test_table(told):
+    story, _ = told
+    regular, separable = story.contenders
+    text = str(story)
+    for words in (
+        "1,771,650 | ",
+        "215,498 | ",
+        "8.22x",
+        f"{story.promise_kept(separable):.0%} |",
+        f"{regular.accuracy:.2%} |",
+        f"{separable.interval[0]:.1%} to {separable.interval[1]:.1%}",
+        "1 epochs, seed 3, 64 test images",
+        "threads: 1",
+    ):
+        assert words in text
+    assert "<table>" in story.to_string("html")
+    assert len(story.to_string("csv").splitlines()) == text.count("\n| ")
+    with pytest.raises(ValueError, match=r"`format` \(='xml'\) must be one of"):
+        story.to_string("xml")
+
+
+def test_a_third_network_gets_its_columns(told, tmp_path):
+    from separable.demo.picture import draw_picture
+
+    story, _ = told
+    third = dataclasses.replace(story.contenders[1], name="converted")
+    longer = dataclasses.replace(story, contenders=(*story.contenders, third))
+    assert "regular / converted" in str(longer)
+    draw_picture(longer, tmp_path / "three.png")
+    assert (tmp_path / "three.png").stat().st_size > 10_000
+
+
+def test_files(told):
+    story, out = told
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png"]
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    figures = json.loads((out / "demo.json").read_text())
+    assert figures == json.loads(story.to_string("json"))
+    assert figures["contenders"][1]["params"] == 215_498
+    assert figures["contenders"][1]["promise_kept"] > 0
+
+
+def test_epochs_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match=r"`epochs` \(=0\) must be at least 1"):
+        tell(tmp_path / "none", epochs=0)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib.figure", "matplotlib")]
+)
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "separable.demo.picture", raising=False)
+    with pytest.raises(ImportError) as raised:
+        tell(tmp_path / "none")
+    assert str(raised.value) == f"{package} is not installed: pip install 'separable[demo]'"
+    assert not (tmp_path / "none").exists()
