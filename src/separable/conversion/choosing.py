@@ -98,6 +98,7 @@ def candidates(
                     grouped(conv.weight.detach(), conv.groups),
                     moments.pop(site.name, None),
                     slopes.get(site.name),
+                    own=True,
                 )
                 options[site.name] = _options(site, goals, forms, share)
                 bar.update()

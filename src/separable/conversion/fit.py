@@ -62,7 +62,9 @@ class Target:
         return float((seen * weighted).sum())
 
 
-def targets(weight: Tensor, moments: Moments | None, fisher: Tensor | None) -> list[Target]:
+def targets(
+    weight: Tensor, moments: Moments | None, fisher: Tensor | None, own: bool = False
+) -> list[Target]:
     """The targets of each group of a layer.
 
     W is the least-squares map from the inputs that the layer gets to the outputs it should have,
@@ -73,26 +75,28 @@ def targets(weight: Tensor, moments: Moments | None, fisher: Tensor | None) -> l
         weight: the original weight W₀ `[G, N, C, P]`.
         moments: of the layer's inputs and wanted outputs; None for the plain norm of the weights.
         fisher: summed outer products of the output's gradients per input `[G, N, N]`, or None.
+        own: whether the inputs are those of the original network, where W is W₀.
     """
     result = []
     for group, original in enumerate(weight.double()):
-        outputs, inputs, taps = original.shape
         if moments is None:
             result.append(Target(original, None))
             continue
-        eye = torch.eye(inputs * taps, dtype=torch.float64, device=weight.device)
-        plain = moments.gram[group] / moments.count
-        level = float(plain.diagonal().mean()) or 1.0
-        gram = plain + RIDGE * level * eye
-        residual = moments.cross[group] / moments.count - original.flatten(1) @ plain
-        step = torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
-        fitted = original + step.view_as(original)
+        gram = moments.gram[group] / moments.count
+        ridge = RIDGE * (float(gram.diagonal().mean()) or 1.0)
+        fitted = original
+        if not own:
+            residual = moments.cross[group] / moments.count - original.flatten(1) @ gram
+        gram.diagonal().add_(ridge)
+        if not own:
+            step = torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
+            fitted = original + step.view_as(original)
         if fisher is None:
             result.append(Target(fitted, gram))
         else:
             mean = float(fisher[group].diagonal().mean()) or 1.0
-            blend = torch.eye(outputs, dtype=torch.float64, device=weight.device) * mean
-            metric = (1 - BLEND) * fisher[group] + BLEND * blend
+            metric = (1 - BLEND) * fisher[group]
+            metric.diagonal().add_(BLEND * mean)
             result.append(Target(fitted, gram, _root(metric)[0], 0.5))
     return result
 

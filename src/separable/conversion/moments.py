@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from .forms import Conv, Shape, like, plain_class
 
-
 BLOCK = 512
 """rows of a gram matrix that are multiplied at a time"""
 
