@@ -13,7 +13,7 @@ import torch
 from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
-from separable.conversion.applying import _with_batch_norm
+from separable.conversion.applying import with_batch_norm
 from separable.conversion.choosing import cost
 from separable.conversion.fit import Target, bias_of, fit, targets
 from separable.conversion.forms import Factors, Form, grouped, separated, weight_only
@@ -124,7 +124,7 @@ def convert(
         conv = model.get_submodule(site.name)
         made = layer(conv, site, part * dense[site.name], moments[site.name])
         result = replaced(result, site.names, made)
-    renewed = _with_batch_norm(result, inputs)
+    renewed = with_batch_norm(result, inputs)
     macs = sum(_macs(result.get_submodule(s.name), s) for s in sites) / sum(dense.values())
     if renewed is None or divergence(renewed, model, inputs) > divergence(result, model, inputs):
         renewed = result

@@ -122,6 +122,20 @@ def test_a_fit_beats_the_truncated_weights_in_its_metric_and_its_own_start(form)
         assert reached < target.norm(plain - target.weight)
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "low-rank"])
+def test_the_fit_descends_along_the_slope_of_its_error(form, monkeypatch):
+    checked = []
+
+    def check(loss, parts, *_):
+        parts = tuple(part.clone().requires_grad_() for part in parts)
+        checked.append(torch.autograd.gradcheck(loss, parts))
+        return tuple(part.detach() for part in parts)
+
+    monkeypatch.setattr("separable.conversion.fit._minimise", check)
+    fit(correlated_target(), form, 2)
+    assert checked == [True]
+
+
 def test_low_rank_fit_is_reduced_rank_regression():
     target = correlated_target(taps=1)
     root = torch.linalg.cholesky(target.gram)

@@ -49,6 +49,17 @@ def test_streamed_moments_are_those_of_all_samples(offset):
     assert moments.count == 1000
 
 
+def test_moments_of_more_features_than_are_multiplied_at_a_time():
+    u = torch.randn(2, 1100, 50, dtype=torch.float64)
+    moments = Moments.zeros(Shape(2, 3, 1100, 1))
+    for part in u.split(20, 2):
+        moments.add(part.clone(), part[:, :3].clone())
+    for group in range(2):
+        covariance = torch.cov(u[group], correction=0)
+        torch.testing.assert_close(moments.gram[group] / 50, covariance)
+        torch.testing.assert_close(moments.cross[group] / 50, covariance[:3])
+
+
 def test_a_cap_draws_the_same_positions_for_every_input():
     conv = nn.Conv2d(2, 3, 3)
     input = torch.randn(4, 2, 12, 12)

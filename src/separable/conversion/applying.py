@@ -153,7 +153,7 @@ def run(
     if inputs is None:
         return converted, Report(plan, None, False)
     error = divergence(converted, original, inputs)
-    renewed = _with_batch_norm(converted, inputs)
+    renewed = with_batch_norm(converted, inputs)
     if renewed is not None:
         other = divergence(renewed, original, inputs)
         if other < error:
@@ -212,8 +212,17 @@ def _warn_if_few(moments: Moments, row: Row) -> None:
         )
 
 
-def _with_batch_norm(converted: nn.Module, inputs: Iterable[Tensor]) -> nn.Module | None:
-    """A copy whose batch-norm statistics are those of the inputs; None if it has none."""
+def with_batch_norm(converted: nn.Module, inputs: Iterable[Tensor]) -> nn.Module | None:
+    """Re-estimate the statistics of a network's batch norms.
+
+    Args:
+        converted: the network, in eval mode; it is left as it was.
+        inputs: batches; those of a single input are passed over.
+
+    Returns:
+        A copy whose running statistics are averages over the batches, or None if there are no
+        batch norms or no batches.
+    """
     result = copy.deepcopy(converted)
     norms: list[Any] = [
         module

@@ -24,7 +24,8 @@ step beyond which a layer takes the usual level instead"""
 WORTH = 0.75
 """share of the dense cost above which a form is not considered"""
 USUAL_LEVEL = {"depthwise-pointwise": 0.7, "pointwise-depthwise-pointwise": 0.5}
-"""error of a fit relative to its closed-form start, as seen on small networks"""
+"""error of a fit relative to its closed-form start, where no fit is tried: a guess, not measured
+on layers of that size"""
 
 
 class Option(NamedTuple):
@@ -98,6 +99,7 @@ def candidates(
                     grouped(conv.weight.detach(), conv.groups),
                     moments.pop(site.name, None),
                     slopes.get(site.name),
+                    own=True,
                 )
                 options[site.name] = _options(site, goals, forms, share)
                 bar.update()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ class Target:
         flat = weight.flatten(1)
         return flat if self.half is None else self.half @ flat
 
+    @cached_property
+    def known(self) -> Tensor:
+        """S W A `[N, C × P]`."""
+        weighted = self.weighted(self.weight)
+        return weighted if self.gram is None else weighted @ self.gram
+
     def norm(self, weight: Tensor) -> float:
         """‖S X A^½‖² of a weight X `[N, C, P]`."""
         weighted = self.weighted(weight)
@@ -55,7 +62,9 @@ class Target:
         return float((seen * weighted).sum())
 
 
-def targets(weight: Tensor, moments: Moments | None, fisher: Tensor | None) -> list[Target]:
+def targets(
+    weight: Tensor, moments: Moments | None, fisher: Tensor | None, own: bool = False
+) -> list[Target]:
     """The targets of each group of a layer.
 
     W is the least-squares map from the inputs that the layer gets to the outputs it should have,
@@ -66,26 +75,28 @@ def targets(weight: Tensor, moments: Moments | None, fisher: Tensor | None) -> l
         weight: the original weight W₀ `[G, N, C, P]`.
         moments: of the layer's inputs and wanted outputs; None for the plain norm of the weights.
         fisher: summed outer products of the output's gradients per input `[G, N, N]`, or None.
+        own: whether the inputs are those of the original network, where W is W₀.
     """
     result = []
     for group, original in enumerate(weight.double()):
-        outputs, inputs, taps = original.shape
         if moments is None:
             result.append(Target(original, None))
             continue
-        eye = torch.eye(inputs * taps, dtype=torch.float64, device=weight.device)
-        plain = moments.gram[group] / moments.count
-        level = float(plain.diagonal().mean()) or 1.0
-        gram = plain + RIDGE * level * eye
-        residual = moments.cross[group] / moments.count - original.flatten(1) @ plain
-        step = torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
-        fitted = original + step.view_as(original)
+        gram = moments.gram[group] / moments.count
+        ridge = RIDGE * (float(gram.diagonal().mean()) or 1.0)
+        fitted = original
+        if not own:
+            residual = moments.cross[group] / moments.count - original.flatten(1) @ gram
+        gram.diagonal().add_(ridge)
+        if not own:
+            step = torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT
+            fitted = original + step.view_as(original)
         if fisher is None:
             result.append(Target(fitted, gram))
         else:
             mean = float(fisher[group].diagonal().mean()) or 1.0
-            blend = torch.eye(outputs, dtype=torch.float64, device=weight.device) * mean
-            metric = (1 - BLEND) * fisher[group] + BLEND * blend
+            metric = (1 - BLEND) * fisher[group]
+            metric.diagonal().add_(BLEND * mean)
             result.append(Target(fitted, gram, _root(metric)[0], 0.5))
     return result
 
@@ -123,7 +134,7 @@ def curve(target: Target, form: Form, most: int) -> Tensor:
     white = _White.of(target, mix=form != "depthwise-pointwise")
     energy = float(white.energy)
     if form == "low-rank":
-        values = torch.linalg.svdvals(white.weighted @ _root(white.gram)[0])
+        values = torch.linalg.svdvals(target.weighted(target.weight) @ _root(white.gram)[0])
         explained = values.square().cumsum(0)[:most]
     elif form == "pointwise-depthwise":
         lead, spatial = _start(white, form, most)
@@ -141,20 +152,18 @@ def curve(target: Target, form: Form, most: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _White:
-    """A target in coordinates where its gram matrix is near the identity.
+    """A target, and coordinates for its factors where its gram matrix is near the identity.
 
     The gram matrix is close to a Kronecker product of a channel and a tap covariance; taking
-    their roots out leaves the optimiser a well-conditioned problem.
+    their roots out leaves the optimiser a well-conditioned problem. Only factors change their
+    coordinates, which is cheap; the gram matrix keeps its own.
     """
 
-    weight: Tensor
-    """`[N, C, P]`, before the metric of the outputs"""
-    weighted: Tensor
-    """`[N, C × P]`, in it"""
+    target: Target
     gram: Tensor
-    known: Tensor
-    """weighted × gram"""
-    half: Tensor | None
+    """`[C × P, C × P]`"""
+    weight: Tensor
+    """`[N, C, P]` in white coordinates, before the metric of the outputs"""
     channels: Tensor
     """from white channel factors back to the original ones"""
     taps: Tensor
@@ -162,7 +171,7 @@ class _White:
     @property
     def energy(self) -> Tensor:
         """The error of leaving the layer out."""
-        return (self.known * self.weighted).sum()
+        return (self.target.known * self.target.weighted(self.target.weight)).sum()
 
     @classmethod
     def of(cls, target: Target, mix: bool) -> _White:
@@ -176,32 +185,28 @@ class _White:
         if mix:
             root_c, back_c = _root(torch.einsum("cpdp->cd", blocks) / taps)
         root_p, back_p = _root(torch.einsum("cpcq->pq", blocks) / inputs)
-        blocks = torch.einsum("ac,cpdq->apdq", back_c, blocks)
-        blocks = torch.einsum("apdq,de->apeq", blocks, back_c)
-        blocks = torch.einsum("xp,apeq->axeq", back_p, blocks)
-        gram = torch.einsum("axeq,qy->axey", blocks, back_p).reshape(len(gram), -1)
         weight = torch.einsum("ncp,cd,pq->ndq", target.weight, root_c, root_p)
-        weighted = target.weighted(weight)
-        return cls(weight, weighted, gram, weighted @ gram, target.half, back_c, back_p)
+        return cls(target, gram, weight, back_c, back_p)
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its inverse, of the matrix lifted to be positive definite."""
+    """Symmetric square roots and their inverses, of matrices lifted to be positive definite."""
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp_min(float(values[-1]) * JITTER or 1.0)
-    return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
+    floor = values[..., -1:] * JITTER
+    values = torch.maximum(values, torch.where(floor > 0, floor, 1.0))
+    scale = values.sqrt()[..., None, :]
+    return (vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT
 
 
 def _start(white: _White, form: Form, rank: int) -> tuple[Tensor, ...]:
     """Closed-form first factors, the most important term first."""
     outputs, inputs, taps = white.weight.shape
-    tensor = white.weighted.view(outputs, inputs, taps)
+    tensor = white.target.weighted(white.weight).view(outputs, inputs, taps)
     if form == "depthwise-pointwise":
         blocks = white.gram.view(inputs, taps, inputs, taps).diagonal(dim1=0, dim2=2)
-        root, back = zip(*(_root(block) for block in blocks.permute(2, 0, 1)), strict=True)
-        seen = tensor.transpose(0, 1) @ torch.stack(root)
-        _, _, right = torch.linalg.svd(seen, full_matrices=False)
-        return (right[:, :rank] @ torch.stack(back),)
+        root, back = _root(white.taps @ blocks.permute(2, 0, 1) @ white.taps)
+        _, _, right = torch.linalg.svd(tensor.transpose(0, 1) @ root, full_matrices=False)
+        return (right[:, :rank] @ back,)
     if form == "pointwise-depthwise":
         left, values, right = torch.linalg.svd(white.weight, full_matrices=False)
         lead = (left[:, :, :rank] * values[:, None, :rank]).mT
@@ -236,16 +241,26 @@ class _Problem:
         Depthwise filters come term by term, the channels within.
         """
         outputs, inputs, taps = self.white.weight.shape
+        known = self.white.target.known
+        spatial = _unit(parts[-1]) @ self.white.taps
         if len(parts) == 2:
-            lead, spatial = (_unit(part) for part in parts)
+            lead = _unit(parts[0]) @ self.white.channels
             filters = torch.einsum("rc,rp->cpr", lead, spatial).flatten(0, 1)
-            return filters.mT @ (self.white.gram @ filters), self.white.known @ filters
-        spatial = _unit(parts[0])  # [C, T, P]
-        right = torch.bmm(self.blocks, spatial.mT).view(inputs, inputs, taps, -1)
+            return _quadratic(filters.mT @ (self.white.gram @ filters.detach())), known @ filters
+        # spatial is [C, T, P]
+        right = torch.bmm(self.blocks, spatial.detach().mT).view(inputs, inputs, taps, -1)
         covariance = torch.einsum("ctp,ecpu->tcue", spatial, right)
-        cross = torch.einsum("ncp,ctp->ntc", self.white.known.view(outputs, inputs, taps), spatial)
+        cross = torch.einsum("ncp,ctp->ntc", known.view(outputs, inputs, taps), spatial)
         size = inputs * spatial.shape[1]
-        return covariance.reshape(size, size), cross.flatten(1)
+        return _quadratic(covariance.reshape(size, size)), cross.flatten(1)
+
+
+def _quadratic(product: Tensor) -> Tensor:
+    """A symmetric product xᵀ(Ax) with the slope it has in both x, where Ax was held constant.
+
+    Differentiating through Ax as well would multiply by the gram matrix A once more.
+    """
+    return 2 * product - product.detach()
 
 
 def _unit(part: Tensor) -> Tensor:
@@ -302,10 +317,10 @@ def _variable_projection(target: Target, form: Form, rank: int, steps: int) -> F
 
 
 def _difference(white: _White, lead: Tensor, spatial: Tensor) -> Tensor:
-    gap = torch.einsum("ntc,ntp->ncp", lead, spatial).flatten(1) - white.weight.flatten(1)
-    if white.half is not None:
-        gap = white.half @ gap
-    return ((gap @ white.gram) * gap).sum()
+    lead, spatial = lead @ white.channels, spatial @ white.taps
+    gap = (torch.einsum("ntc,ntp->ncp", lead, spatial) - white.target.weight).flatten(1)
+    gap = white.target.weighted(gap)
+    return _quadratic(((gap.detach() @ white.gram) * gap).sum())
 
 
 def _pointwise_depthwise(target: Target, rank: int, steps: int) -> Factors:

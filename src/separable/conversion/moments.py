@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from .forms import Conv, Shape, like, plain_class
 
+BLOCK = 512
+"""rows of a gram matrix that are multiplied at a time"""
+
 
 @dataclass
 class Moments:
@@ -68,7 +71,11 @@ class Moments:
         u -= mean[..., None]
         y -= target[..., None]
         self._merge(count, mean, target)
-        self.gram.baddbmm_(u, u.mT)
+        for start in range(0, u.shape[1], BLOCK):  # the rest of each row follows by symmetry
+            rows = slice(start, start + BLOCK)
+            product = torch.bmm(u[:, rows], u[:, : start + BLOCK].mT)
+            self.gram[:, rows, : start + BLOCK] += product
+            self.gram[:, :start, rows] += product[..., :start].mT
         self.cross.baddbmm_(y, u.mT)
         self.energy += y.square().sum(2)
 

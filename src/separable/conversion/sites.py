@@ -225,15 +225,17 @@ def collect(
 def survey(
     model: nn.Module, sites: Sequence[Site], inputs: Iterable[Tensor], seed: int
 ) -> dict[str, Moments]:
-    """Moments of several layers of one network, in one pass."""
+    """Moments of the inputs of several layers of one network, in one pass."""
     found: dict[str, Moments] = {}
 
     def gather(site: Site) -> tuple[nn.Module, Callable[..., None]]:
         conv: Any = model.get_submodule(site.name)
-        moments = found[site.name] = Moments.zeros(Shape.of(conv), conv.weight.device)
+        shape = Shape.of(conv)._replace(outputs=0)  # outputs follow from inputs by the weight
+        moments = found[site.name] = Moments.zeros(shape, conv.weight.device)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            moments.add(*samples(conv, args[0], output, POSITIONS, seed))
+            patches = samples(conv, args[0], output, POSITIONS, seed)[0]
+            moments.add(patches, patches[:, :0])
 
         return conv, hook
 
