@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from separable.conversion.applying import with_batch_norm
 from separable.conversion.choosing import cost
-from separable.conversion.fit import Target, bias_of, fit, targets
+from separable.conversion.fitting import Target, bias_of, fit, targets
 from separable.conversion.forms import Factors, Form, grouped, separated, weight_only
 from separable.conversion.moments import Moments
 from separable.conversion.sites import Inputs, Site, divergence, replaced, survey, trace

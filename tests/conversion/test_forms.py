@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from separable.conversion.fit import Target, curve, fit
+from separable.conversion.fitting import Target, curve, fit
 from separable.conversion.forms import (
     FORMS,
     Shape,
@@ -131,7 +131,7 @@ def test_the_fit_descends_along_the_slope_of_its_error(form, monkeypatch):
         checked.append(torch.autograd.gradcheck(loss, parts))
         return tuple(part.detach() for part in parts)
 
-    monkeypatch.setattr("separable.conversion.fit._minimise", check)
+    monkeypatch.setattr("separable.conversion.fitting._minimise", check)
     fit(correlated_target(), form, 2)
     assert checked == [True]
 

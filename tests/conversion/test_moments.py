@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from separable.conversion.fit import bias_of, targets
+from separable.conversion.fitting import bias_of, targets
 from separable.conversion.forms import Shape, grouped
 from separable.conversion.moments import Moments, samples
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm import tqdm
 
-from .fit import bias_of, fit, targets
+from .fitting import bias_of, fit, targets
 from .forms import Conv, Factors, SeparatedConv, Shape, grouped, separated
 from .moments import Moments
 from .plans import Plan, Row

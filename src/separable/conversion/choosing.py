@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .fit import Target, curve, fit, targets
+from .fitting import Target, curve, fit, targets
 from .forms import Form, exact_rank, grouped, weights_per_position
 from .plans import Row
 from .sites import Inputs, Site, fisher, survey, trace
