@@ -423,4 +423,5 @@ def test_freed_memory_is_kept():
         int(subprocess.check_output([sys.executable, "-c", script.format(keep=keep)]))
         for keep in (False, True)
     ]
-    assert faults[1] < 100 < faults[0]
+    # the heap may have to grow once more
+    assert faults[1] <= 0.5 * faults[0]
