@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format
+from .options import MODEL_HELP, input_size, load, output_format, table_or_json
 
 FORMS = (
     "depthwise-pointwise",
@@ -79,8 +79,7 @@ def convert(
     separable convert torchvision:resnet18 --weights in.safetensors \\
         --calibration photos --budget macs=0.25 --out slim.safetensors
     """
-    if style not in ("table", "json"):
-        raise click.UsageError(f"--format {style} is not made for a conversion; use table or json")
+    table_or_json(style)
     if not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {str(out.absolute().parent)!r}")
     import torch

@@ -87,6 +87,12 @@ def output_format(function: Function) -> Function:
     return choice(json(run))
 
 
+def table_or_json(style: str) -> None:
+    """Refuse the formats that a command without a table of its own can't draw."""
+    if style not in ("table", "json"):
+        raise click.UsageError(f"--format {style} is not made for this command; use table or json")
+
+
 def load(name: str) -> nn.Module:
     """Build the network that MODEL names, in eval mode."""
     from ..models import create_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format, threads
+from .options import MODEL_HELP, input_size, load, output_format, table_or_json, threads
 
 RUNTIMES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
 
@@ -22,11 +22,6 @@ def _thread_counts(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{text!r} must be whole numbers of at least 1, as in 1,2")
     return tuple(map(int, parts))
-
-
-def _table_or_json(style: str) -> None:
-    if style not in ("table", "json"):
-        raise click.UsageError(f"--format {style} is not made for this command; use table or json")
 
 
 @click.command(epilog=MODEL_HELP)
@@ -72,7 +67,7 @@ def bench(
     \b
     separable bench torchvision:mobilenet_v2 --threads 1,2 --against eager,onnxruntime
     """
-    _table_or_json(style)
+    table_or_json(style)
     from .. import cost
     from ..runtime.benchmarking import benchmark
 

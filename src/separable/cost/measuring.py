@@ -177,9 +177,8 @@ def keep_freed_memory() -> bool:
 
     PyTorch allocates every activation on the CPU anew. glibc may give a large one back to the
     system when it is freed, and then a forward pass takes a page fault per 4 KiB of output, by
-    the chance of what else was allocated: `Conv2d(3, 64, 5, stride=2)` on 1×3×228×228 took 5.7 ms
-    in one process and 1.7 ms in another. Call this first in a process of its own, such as a
-    benchmark; it holds until the process ends. The command line does.
+    the chance of what else was allocated, which can outweigh the arithmetic. Call this first in a
+    process of its own, such as a benchmark; it holds until the process ends. The command line does.
 
     Returns:
         Whether the C library took it; False where it is not glibc.

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .account import Cost
 from .formulas import FIRST_RESULT_ONLY, VIEWS
 from .inputs import Inputs
-from .operation import Margins, Operation, find_formula, operator_name
+from .operation import Formula, Margins, Operation, find_formula, operator_name
 
 
 class Unbatched(ValueError):
@@ -146,14 +146,17 @@ class Walk(TorchDispatchMode):
             return func(*args, **kwargs)
         if self.fake is not None:
             args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
-        if hasattr(func, "decompose") and find_formula(func) is None and not _is_view(func):
+        if _is_view(func):  # costs nothing, and shows a storage that is known already
+            return func(*args, **kwargs)
+        formula = find_formula(func)
+        if formula is None and hasattr(func, "decompose"):
             # an operator that is defined by others; outside of inference mode torch expands it
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        self._record(name, func, args, kwargs, result)
+        self._record(name, func, formula, args, kwargs, result)
         return result
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
@@ -162,15 +165,16 @@ class Walk(TorchDispatchMode):
         assert self.fake is not None
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
-    def _record(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(
+        self, name: str, func: Any, formula: Formula | None, args: Any, kwargs: Any, result: Any
+    ) -> None:
         results = tensors_in(result)
         if name in FIRST_RESULT_ONLY:
             self.by_products.update((self.activations.key(t), _bytes(t)) for t in results[1:])
             results = results[:1]
         operands = tensors_in((args, kwargs))
-        if not results or _is_view(func):
-            return  # views cost nothing, and look at a storage that is known already
-        formula = find_formula(func)
+        if not results:
+            return
         if formula is None:
             self.unknown.add(name)
         else:
