@@ -124,7 +124,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
         x.view(-1)[1 :: max(2, x.numel() // 3)] = float("inf")
     size, channels = case.size, case.channels
     stages: list[Conv | Window] = []
-    parameters, references = [], []
+    parameters = []
     for number, layer in enumerate(case.layers):
         out_size, out = layer.sizes(size), layer.out or channels * layer.multiplier
         extras, epilogue = (), ACTIVATIONS[layer.epilogue](operand(0))
@@ -157,7 +157,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
         size, channels = out_size, out
     extra = random(case.batch, channels, *size)
     chain = kernel_file.joined(stages)
-    tiles = tuple(stage_tile(stage, case.rows, machine) for stage in chain.stages)
+    tiles = tuple(stage_tile(stage, machine) for stage in chain.stages)
     tile = ChainTile(tiles, case.rows, case.bands)
     operands = [x.permute(0, 2, 3, 1).contiguous()]
     for stage, stage_cut, (weight, bias) in zip(chain.stages, tiles, parameters, strict=True):

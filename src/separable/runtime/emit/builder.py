@@ -40,7 +40,7 @@ class Builder:
         self.machine = machine
         self.width = machine.width
         self.vector = ir.VectorType(F32, machine.width)
-        self.module = inside.module if inside else ir.Module()
+        self.module: ir.Module = inside.module if inside else ir.Module()
         self.body = body = ir.Function(
             self.module, ir.FunctionType(ir.VoidType(), [PTR] * arguments + [I64, I64]), name
         )

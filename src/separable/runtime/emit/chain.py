@@ -15,6 +15,7 @@ windows overlap.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,7 @@ class ChainTile:
 def joined(stages: Sequence[Stage]) -> Chain:
     """Stages that lie in memory as one expects, with the strides of buffers between them."""
     result = list(stages)
-    for i, (before, after) in enumerate(zip(stages, stages[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(stages)):
         channels = outputs(before)
         pixel = channels + (_LINE if channels % _PAGE == 0 else 0)
         walk = (0, before.size[1] * pixel, pixel)
