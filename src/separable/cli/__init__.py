@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import conversion, cost, demo, runtime
+from . import conversion, cost, demo, reporting, runtime
 from .errors import Group
 
 __all__ = ["main"]
@@ -31,6 +31,7 @@ COMMANDS = (
     conversion.convert,
     runtime.explain,
     runtime.bench,
+    reporting.report,
     demo.demo,
 )
 for command in COMMANDS:

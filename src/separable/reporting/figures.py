@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .layers import Layer
-from .wording import amount, milliseconds, percent, small, times
+from .wording import amount, milliseconds, percent, small
 
 try:
     import plotly.graph_objects as go
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .findings import Findings, Point
 
 # blue and orange differ for every kind of colour vision, and stand out on white and on near-black
-ENGINES = {"PyTorch": "#c75f12", "separable": "#2b7bba"}
+ENGINES = {"PyTorch": "#c75f12", "separable runtime": "#2b7bba"}
 NEUTRAL = "#7a8591"
 INK = "#1c2127"
 FAINT = "rgba(127, 136, 146, 0.22)"
@@ -59,24 +60,25 @@ def figures(findings: Findings) -> tuple[Figure, ...]:
     return tuple(figure for figure in made if figure is not None)
 
 
-def _plot(x: str, y: str, *, log: bool = False) -> Any:
+def _plot(x: str, y: str, height: int) -> Any:
     axis: dict[str, Any] = {
         "gridcolor": FAINT,
         "zeroline": False,
         "linecolor": FAINT,
         "ticks": "",
-        "title_standoff": 10,
+        "title_standoff": 12,
+        "title_font_size": 13,
+        "tickfont_size": 12,
+        "exponentformat": "power",
         "automargin": True,
     }
-    if log:
-        axis |= {"type": "log", "dtick": 1, "minor": {"showgrid": False}}
     return go.Figure(
         layout={
             "template": "none",
             "font": {"family": FONT, "size": 13, "color": INK},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
-            "height": 420,
+            "height": height,
             "margin": {"l": 56, "r": 16, "t": 16, "b": 48},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
             "hoverlabel": {
@@ -87,14 +89,27 @@ def _plot(x: str, y: str, *, log: bool = False) -> Any:
             },
             "hovermode": "closest",
             "dragmode": False,
-            "xaxis": axis | {"title": {"text": x}},
-            "yaxis": axis | {"title": {"text": y}},
+            "xaxis": axis | {"title_text": x},
+            "yaxis": axis | {"title_text": y},
         }
     )
 
 
+def _logarithmic(low: float, high: float) -> dict[str, Any]:
+    """An axis between two values, with ticks at 1, 2 and 5 where powers of ten are too few."""
+    first, last = math.log10(low), math.log10(high)
+    steps = (1,) if last - first > 2.5 else (1, 2, 5)
+    ticks = [s * 10.0**e for e in range(math.floor(first), math.ceil(last) + 1) for s in steps]
+    return {
+        "type": "log",
+        "range": [first, last],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,g}" for tick in ticks],
+    }
+
+
 def _dots(
-    name: str, colour: str, x: list[float], y: list[float], text: list[str], **more: Any
+    name: str, colour: str, x: list[float], y: Sequence[float | None], text: list[str], **more: Any
 ) -> Any:
     marker = {"color": colour, "size": 9, "opacity": 0.85, "line": {"color": colour, "width": 1.5}}
     return go.Scatter(
@@ -136,7 +151,10 @@ def _roofline(findings: Findings) -> Figure | None:
     ridge = peak / bandwidth
     intensities = [dot.macs / dot.traffic for dot in dots]
     low, high = min(*intensities, ridge) / 1.6, max(*intensities, ridge) * 1.6
-    plot = _plot("MACs per byte of compulsory traffic", "billion MACs per second", log=True)
+    rates = [dot.macs / dot.seconds / 1e9 for dot in dots]
+    plot = _plot("MACs per byte of compulsory traffic", "billion MACs per second", 440)
+    plot.update_xaxes(_logarithmic(low, high))
+    plot.update_yaxes(_logarithmic(min(rates) / 1.6, max(*rates, peak / 1e9) * 1.6))
     plot.add_trace(
         _line(
             [low, ridge, high],
@@ -195,7 +213,7 @@ def _measured(findings: Findings) -> Iterator[tuple[tuple[str, str], list[Dot]]]
         )
         if network.explanation is not None:
             yield (
-                (name, "separable"),
+                (name, "separable runtime"),
                 [
                     Dot(step.macs, step.traffic, step.seconds, _called(step.layer))
                     for step in network.explanation.rows
@@ -210,17 +228,25 @@ def _called(name: str) -> str:
 
 def _promises(findings: Findings) -> Iterator[Figure]:
     """Time promised by the multiply-adds against time measured, for each engine."""
-    for engine, field in (("PyTorch", "torch_seconds"), ("separable", "runtime_seconds")):
-        kept = [
+    known = {
+        engine: [
             (layer, *found)
             for layer in findings.layers
             if layer.is_leaf and (found := _promise(findings, layer, field)) is not None
         ]
+        for engine, field in (
+            ("PyTorch", "torch_seconds"),
+            ("separable runtime", "runtime_seconds"),
+        )
+    }
+    every = [1e3 * each for kept in known.values() for _, *both in kept for each in both]
+    for engine, kept in known.items():
         if not kept:
             continue
-        plot = _plot("promised by MACs, ms", "measured, ms", log=True)
-        every = [1e3 * value for _, promised, measured in kept for value in (promised, measured)]
-        ends = [min(every) / 1.5, max(every) * 1.5]
+        plot = _plot("promised by MACs, ms", "measured, ms", 400)
+        ends = [min(every) / 1.5, max(every) * 1.5]  # the same for both, to be compared
+        plot.update_xaxes(_logarithmic(*ends))
+        plot.update_yaxes(_logarithmic(*ends))
         plot.add_trace(_line(ends, ends, "the promise kept"))
         plot.add_trace(
             _dots(
@@ -241,17 +267,16 @@ def _promises(findings: Findings) -> Iterator[Figure]:
                 symbol="circle" if engine == "PyTorch" else "diamond",
             )
         )
-        plot.update_layout(showlegend=False, height=380)
-        where = "PyTorch" if engine == "PyTorch" else "the separable runtime"
-        share = _median([promised / measured for _, promised, measured in kept])
+        plot.update_layout(showlegend=False)
+        share = statistics.median(promised / measured for _, promised, measured in kept)
         basis = (
             "the regular layer's time in the same engine, divided by how many times fewer MACs"
             if findings.converted is not None
             else "its MACs at the peak of one core"
         )
         yield Figure(
-            f"promise-{engine.lower()}",
-            f"Promised and measured in {where}",
+            f"promise-{engine.split()[0].lower()}",
+            f"Promised and measured, {engine}",
             f"One point per {'converted ' if findings.converted else ''}layer, on one thread. "
             f"Promised: {basis}. Below the line a layer is faster than promised; in the median "
             f"{percent(share)} of the promise arrives.",
@@ -273,57 +298,61 @@ def _promise(findings: Findings, layer: Layer, field: str) -> tuple[float, float
     return (promised * after.macs / before.macs, measured) if promised and measured else None
 
 
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
 def _frontiers(findings: Findings) -> Iterator[Figure]:
     """Error or accuracy against multiply-adds and against milliseconds."""
-    known = [p for p in findings.frontier if (p.error if not findings.tested else p.accuracy) is not None]
+    kind, label = (
+        ("Accuracy", "test accuracy, %")
+        if findings.tested
+        else (
+            "Error",
+            findings.error_convention,
+        )
+    )
+
+    def quality(point: Point) -> float | None:
+        if not findings.tested:
+            return point.error
+        return None if point.accuracy is None else 100 * point.accuracy
+
+    known = [point for point in findings.frontier if quality(point) is not None]
     if len(known) < 2:
         return
-    convention = findings.error_convention
-    label = "test accuracy, %" if findings.tested else convention
 
-    def quality(point: Point) -> float:
-        value = point.accuracy if findings.tested else point.error
-        assert value is not None
-        return 100 * value if findings.tested else value
-
-    def draw(x: str, costs: dict[str, Callable[[Point], float | None]]) -> Any:
-        plot = _plot(x, label)
+    def draw(title: str, costs: dict[str, Callable[[Point], float | None]]) -> Any:
+        plot = _plot(title, label, 400)
         for engine, cost in costs.items():
-            points = sorted((p for p in known if cost(p) is not None), key=cost)  # type: ignore[arg-type]
-            xs = [float(cost(point) or 0.0) for point in points]
-            colour = ENGINES.get(engine, ENGINES["separable"])
+            places = sorted(
+                ((x, p) for p in known if (x := cost(p)) is not None), key=lambda place: place[0]
+            )
+            points = [point for _, point in places]
+            colour = ENGINES.get(engine, NEUTRAL)
             trace = _dots(
                 engine,
                 colour,
-                xs,
+                [x for x, _ in places],
                 [quality(point) for point in points],
-                [_says(point.name, *_facts(point, findings)) for point in points],
+                [_says(point.name, *_facts(point)) for point in points],
                 symbol=[_symbol(engine, point) for point in points],
                 size=[15 if point.chosen else 9 for point in points],
             )
             trace.mode, trace.line = "lines+markers", {"color": colour, "width": 1, "dash": "dot"}
+            trace.cliponaxis = False
             plot.add_trace(trace)
-            for point, place in zip(points, xs, strict=True):
+            for x, point in places:
                 if point.chosen:
                     plot.add_annotation(
-                        x=place, y=quality(point), text="chosen", showarrow=False, yshift=18
+                        x=x, y=quality(point), text="chosen", showarrow=False, yshift=20
                     )
         plot.update_xaxes(rangemode="tozero")
         if not findings.tested:
             plot.update_yaxes(rangemode="tozero")
-        plot.update_layout(showlegend=len(costs) > 1, height=380)
+        plot.update_layout(showlegend=len(costs) > 1)
         return plot
 
     note = (
         "Each point is a whole network: the regular one, the converted one (marked), and those of "
         "the other budgets."
     )
-    kind = "Accuracy" if findings.tested else "Error"
     yield Figure(
         "frontier-macs",
         f"{kind} against multiply-adds",
@@ -338,7 +367,7 @@ def _frontiers(findings: Findings) -> Iterator[Figure]:
             "milliseconds of a pass",
             {
                 "PyTorch": lambda p: 1e3 * p.torch_seconds,
-                "separable": lambda p: (
+                "separable runtime": lambda p: (
                     None if p.runtime_seconds is None else 1e3 * p.runtime_seconds
                 ),
             },
@@ -350,7 +379,7 @@ def _symbol(engine: str, point: Point) -> str:
     return ("circle" if engine == "PyTorch" else "diamond") + ("" if point.chosen else "-open")
 
 
-def _facts(point: Point, findings: Findings) -> Iterator[str]:
+def _facts(point: Point) -> Iterator[str]:
     yield f"{amount(point.macs)} MACs, {amount(point.params)} parameters"
     yield f"{milliseconds(point.torch_seconds)} ms in PyTorch"
     if point.runtime_seconds is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ class Cell:
     """One figure of the table: what it shows, what it sorts by, and the length of its bar."""
 
     text: str
-    value: float | str
+    value: float
     share: float | None = None
     side: str = ""
 
@@ -51,63 +52,81 @@ def render(findings: Findings) -> str:
         script=_asset("page.js"),
         plotly=_plotly(),
         drawn={name: (figure, _embed(figure)) for name, figure in drawn.items()},
-        columns=_columns(findings),
-        rows=[(layer, _cells(layer, findings)) for layer in findings.layers],
+        columns=[(title, list(findings.networks)) for title in COLUMNS],
+        rows=list(zip(findings.layers, _cells(findings), strict=True)),
         fallbacks=_fallbacks(findings),
     )
 
 
 def _asset(name: str) -> Markup:
     folder = resources.files("separable.reporting") / "assets"
-    return Markup((folder / name).read_text(encoding="utf-8"))  # noqa: S704
+    return Markup((folder / name).read_text(encoding="utf-8"))
 
 
 def _plotly() -> Markup:
     from plotly.offline import get_plotlyjs
 
-    return Markup(get_plotlyjs())  # noqa: S704
+    return Markup(get_plotlyjs())
 
 
 def _embed(figure: Figure) -> Markup:
     text: Any = figure.plot.to_html(
         full_html=False, include_plotlyjs=False, div_id=f"plot-{figure.name}", config=CONFIG
     )
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
-COLUMNS = {
+def _fixed(seconds: float) -> str:
+    """Milliseconds with three decimals, so that a column's points line up."""
+    return f"{1e3 * seconds:,.3f}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "Parameters": ("params", "{:,}".format),
     "MACs": ("macs", "{:,}".format),
-    "PyTorch, ms": ("torch_seconds", wording.milliseconds),
-    "Runtime, ms": ("runtime_seconds", wording.milliseconds),
+    "PyTorch, ms": ("torch_seconds", _fixed),
+    "Runtime, ms": ("runtime_seconds", _fixed),
 }
 
 
-def _columns(findings: Findings) -> list[tuple[str, list[str]]]:
-    """The groups of columns and the networks in each."""
-    return [(title, list(findings.networks)) for title in COLUMNS]
+def _cells(findings: Findings) -> Iterator[list[Cell]]:
+    """The figures of each layer in the order of the columns; bars compare within a pair of them."""
+    pairs = [
+        (field, spell, name) for field, spell in COLUMNS.values() for name in findings.networks
+    ]
+    longest: dict[str, float] = {}
+    for layer in findings.layers:
+        for field, _, name in pairs if layer.is_leaf else ():
+            longest[field] = max(longest.get(field, 0.0), _figure(layer, field, name) or 0.0)
+    for layer in findings.layers:
+        cells = []
+        for field, spell, name in pairs:
+            value = _figure(layer, field, name)
+            if value is None:
+                cells.append(Cell(_absence(layer, field, name), -1))
+                continue
+            most = longest.get(field, 0.0)
+            share = value / most if layer.is_leaf and value else None
+            cells.append(Cell(spell(value), value, share, name))
+        yield cells
 
 
-def _cells(layer: Layer, findings: Findings) -> list[Cell]:
-    """The figures of a layer in the order of the columns."""
-    whole = findings.layers[0]
-    cells = []
-    for field, spell in COLUMNS.values():
-        for name in findings.networks:
-            side = layer.before if name == "regular" else layer.after
-            # both bars are shares of the regular network, so that their lengths compare
-            total = getattr(whole.before, field)
-            cells.append(_cell(side, field, spell, total, name))
-    return cells
+def _side(layer: Layer, name: str) -> Side | None:
+    return layer.before if name == "regular" else layer.after
 
 
-def _cell(side: Side | None, field: str, spell: Any, total: float | None, name: str) -> Cell:
-    value = None if side is None else getattr(side, field)
-    if value is None:
-        host = side.runs_in if side is not None and field == "runtime_seconds" else ""
-        text = "in torch" if host == "torch" else f"in {host}" if host else "–"
-        return Cell(text, -1)
-    return Cell(spell(value), value, min(value / total, 1.0) if total else 0.0, name)
+def _figure(layer: Layer, field: str, name: str) -> float | None:
+    side = _side(layer, name)
+    return None if side is None else getattr(side, field)
+
+
+def _absence(layer: Layer, field: str, name: str) -> str:
+    """Why a layer has no figure: another layer's kernel does its work, or nobody."""
+    side = _side(layer, name)
+    if side is None or not side.runs_in or field != "runtime_seconds":
+        return "–"
+    parent = layer.name.rpartition(".")[0]
+    return "in " + (side.runs_in.removeprefix(f"{parent}.") or "the network")
 
 
 def _fallbacks(findings: Findings) -> dict[str, list[str]]:

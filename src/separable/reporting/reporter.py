@@ -27,8 +27,8 @@ from .findings import Findings, Machine, Network, Point
 from .wording import size
 
 TOLERANCE = 1e-3  # of the largest output, by which the runtime may differ from PyTorch
-KL = "mean KL divergence of the outputs, in nats"
-SQUARED = "squared error of the outputs over their square"
+KL = "mean KL divergence, nats"
+SQUARED = "relative squared error"
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -54,7 +54,7 @@ def answer(findings: Findings) -> str:
             f"correctly instead of {percent(regular.accuracy)}"
         )
     elif findings.error is not None:
-        text += f", and its outputs differ by {small(findings.error)} ({findings.error_convention})"
+        text += f", and its outputs move by {small(findings.error)} ({findings.error_convention})"
     return f"{text}.{_without_runtime(converted)}"
 
 
@@ -168,7 +168,7 @@ def _quality(findings: Findings) -> Headline:
             "",
             f"{times(findings.error / predicted)} the predicted" if predicted else "",
             f"predicted {small(predicted)}" if predicted else "",
-            f"{findings.error_convention}, on the calibration inputs",
+            f"{findings.error_convention}, between the outputs of both on the calibration inputs",
         )
     if regular.deviation is None:
         return Headline(

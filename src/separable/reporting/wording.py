@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def amount(number: float) -> str:
@@ -31,8 +32,11 @@ def times(ratio: float) -> str:
 
 
 def small(number: float) -> str:
-    """An error, two significant digits: 0.031, 2.4e-06."""
-    return f"{number:.2g}"
+    """An error, two significant digits: 0.031, 2.4·10⁻⁶."""
+    mantissa, _, exponent = f"{number:.2g}".partition("e")
+    if not exponent:
+        return mantissa
+    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
 def percent(share: float) -> str:
@@ -46,6 +50,8 @@ def size(shape: tuple[int, ...] | None) -> str:
 
 
 def _three(value: float) -> str:
-    """Three significant digits, never in scientific notation."""
+    """Three significant digits; in scientific notation only where it is tiny."""
+    if 0 < abs(value) < 0.095:
+        return small(value)
     decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:,.{decimals}f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,9 +103,15 @@ def _image(plot: object, format: str) -> bytes:
 
 
 def _check_browser() -> None:
-    remedy = "pip install 'separable[report]'"
     try:
-        from choreographer.browsers.chromium import Chromium
         import kaleido  # noqa: F401
+        from choreographer.browsers.chromium import Chromium
     except ModuleNotFoundError as error:
-        raise ImportError(f"kaleido is not installed: {remedy}", name=error.name) from error
+        raise ImportError(
+            "kaleido is not installed: pip install 'separable[report]'", name=error.name
+        ) from error
+    if Chromium.find_browser(skip_local=False) is None:
+        raise RuntimeError(
+            "png and svg are drawn by Chrome or Chromium, and there is none: install one (as in "
+            "`apt-get install chromium`, or `plotly_get_chrome`), or write html"
+        )
