@@ -284,7 +284,7 @@ def _measure_layers(
             each.explanation = each.compiled.explain(repeats)
             flops.append(each.explanation.peak_flops)
         peak.measure()
-    return Machine(max(peak.flops, *flops), peak.bandwidth) if peak.flops else None
+    return Machine(max([peak.flops, *flops]), peak.bandwidth)
 
 
 @torch.no_grad()
