@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import conversion, cost, demo, runtime
+from . import completion, conversion, cost, demo, doctor, runtime
 from .errors import Group
 
 __all__ = ["main"]
@@ -32,6 +32,8 @@ COMMANDS = (
     runtime.explain,
     runtime.bench,
     demo.demo,
+    doctor.doctor,
+    completion.completion,
 )
 for command in COMMANDS:
     main.add_command(command)
