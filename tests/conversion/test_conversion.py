@@ -309,6 +309,18 @@ def _rank_of_two(rank, port, path):
     mine = list(inputs.split(16))[rank::2]
     slim = separable.convert(model, mine, "macs=0.4", progress=False)
     torch.save((slim.report.plan.to_json(), slim.state_dict()), path / f"{rank}.pt")
+
+    def search():
+        assert rank == 0
+        return slim.report.plan
+
+    assert planning._found_by_first(search) == slim.report.plan
+
+    def fails():
+        raise ValueError("cannot be met")
+
+    with pytest.raises(ValueError, match="cannot be met"):
+        planning._found_by_first(fails)
     dist.destroy_process_group()
 
 
