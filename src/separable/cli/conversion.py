@@ -32,13 +32,18 @@ FORMS = (
 @click.option(
     "--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01."
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="File for the converted network, safetensors.",
+)
 @weights
 @photos
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every draw.")
 @output_format
 def convert(
     model: str,

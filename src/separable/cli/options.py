@@ -89,8 +89,20 @@ def weights(function: Function) -> Function:
 def photos(function: Function) -> Function:
     """Add `--calibration`, `--images`, `--mean` and `--std`: images to calibrate on."""
     for option in (
-        click.option("--std", type=numbers, default=IMAGENET[1], show_default=True),
-        click.option("--mean", type=numbers, default=IMAGENET[0], show_default=True),
+        click.option(
+            "--std",
+            type=numbers,
+            default=IMAGENET[1],
+            show_default=True,
+            help="What to divide them by.",
+        ),
+        click.option(
+            "--mean",
+            type=numbers,
+            default=IMAGENET[0],
+            show_default=True,
+            help="Of the channels, 0 to 1.",
+        ),
         click.option(
             "--images",
             "most",
@@ -141,7 +153,12 @@ def _printing(function: Function) -> Function:
 def output_format(function: Function) -> Function:
     """Add `--format` and `--json`, and print the text that the command returns."""
     choice = click.option(
-        "--format", "style", type=click.Choice(FORMATS), default="table", show_default=True
+        "--format",
+        "style",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="How to print the result.",
     )
     json = click.option("--json", "style", flag_value="json", help="Short for --format json.")
     return choice(json(_printing(function)))

@@ -48,8 +48,14 @@ FORMATS = ("html", "json", "csv", "png", "svg")
 @photos
 @input_size
 @threads
-@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Measurements of each network and layer.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the conversions.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
