@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -28,6 +28,7 @@ _HOME = {
     "measure": "cost",
     "merge": "conversion",
     "plan": "conversion",
+    "report": "reporting",
     "save": "conversion",
     "total_learnables": "cost",
 }
@@ -53,13 +54,15 @@ __all__ = [
     "models",
     "nn",
     "plan",
+    "report",
+    "reporting",
     "runtime",
     "save",
     "total_learnables",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, runtime
+    from . import conversion, cost, models, nn, reporting, runtime
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .reporting import report
     from .runtime import compile, load_compiled
 
 

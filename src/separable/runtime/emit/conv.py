@@ -2,10 +2,9 @@
 
     for each task (rows × blocks of columns × groups × panels):
       for each panel of output channels, for each row, for each block of pixels:
-        accumulators = bias
         for each tap inside the image, for each input channel:
           accumulators += input pixels (broadcast) × weights (vectors)
-        output = epilogue(accumulators, extras)
+        output = epilogue(accumulators + bias, extras)
 
 Pixels × vectors of the block are the tile; all its accumulators live in registers. A pointwise
 convolution over dense memory is one row of N·H·W pixels.
@@ -26,6 +25,7 @@ from .expression import Expression
 from .tiling import Run, even_sizes, vector_panels, window_runs
 
 _UNROLL = 256  # multiply-adds of straight-line code per channel loop, at most about
+_CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,6 @@ class _Emitter:
         top = b.add(b.mul(row, conv.stride[0]), -conv.padding[0])
         corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
         lanes = panel.vectors * b.width
-        start = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
 
         def line(ky: Index, *sums: Value) -> list[Value]:
             y = b.add(top, b.mul(ky, conv.dilation[0]))
@@ -339,7 +338,11 @@ class _Emitter:
                 )
             return result
 
-        return b.loop(*self._rows_inside(top), line, start * run.size)
+        zeros = [b.zero()] * (run.size * panel.vectors)
+        sums = b.loop(*self._rows_inside(top), line, zeros)
+        # Last, as torch does: on top of a large bias, each product would be rounded to its size.
+        bias = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
+        return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]
 
     def _rows_inside(self, top: Index) -> tuple[Index, Index]:
         """The taps `low <= ky < high` whose input row is inside the image."""
@@ -370,32 +373,48 @@ class _Emitter:
         if low == high:
             return sums
         pixel, step = conv.stride[1] * conv.x_strides[2], conv.x_strides[3]
+        lanes = vectors * b.width
 
-        def product(k: Index, ahead: int, sums: list[Value]) -> list[Value]:
-            source = b.at(x, b.mul(k, step), ahead * step)
-            weights = b.at(w, b.mul(k, vectors * b.width), ahead * vectors * b.width)
-            columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
+        def product(x: Value, w: Value, sums: list[Value]) -> list[Value]:
+            columns = [b.load(b.at(w, v * b.width)) for v in range(vectors)]
             result = list(sums)
             for i in range(low, high):
-                value = b.broadcast(b.load_scalar(b.at(source, i * pixel)))
+                value = b.broadcast(b.load_scalar(b.at(x, i * pixel)))
                 for v, column in enumerate(columns):
                     at = i * vectors + v
                     result[at] = b.fma(value, column, sums[at])
             return result
 
-        def products(k: Index, *sums: Value) -> list[Value]:
-            result = list(sums)
-            for ahead in range(unroll):
-                result = product(k, ahead, result)
-            return result
+        def chain(start: Index, length: int, sums: list[Value]) -> list[Value]:
+            first, weights = b.at(x, b.mul(start, step)), b.at(w, b.mul(start, lanes))
+
+            def products(k: Index, *sums: Value) -> list[Value]:
+                source, columns = b.at(first, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
+                result = list(sums)
+                for ahead in range(unroll):
+                    result = product(
+                        b.at(source, ahead * step), b.at(columns, ahead * lanes), result
+                    )
+                return result
+
+            whole = length - length % unroll
+            sums = b.loop(0, whole, products, sums, step=unroll)
+            for k in range(whole, length):
+                sums = product(b.at(first, k * step), b.at(weights, k * lanes), sums)
+            return sums
+
+        def part(number: Index, *sums: Value) -> list[Value]:
+            partial = chain(b.mul(number, length), length, [b.zero()] * len(sums))
+            return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
         cost = (high - low) * vectors
         unroll = depth if depth * cost <= _UNROLL else min(4, max(1, _UNROLL // cost))
-        whole = depth - depth % unroll
-        sums = b.loop(0, whole, products, sums, step=unroll)
-        for k in range(whole, depth):
-            sums = product(0, k, sums)
-        return sums
+        if conv.depth <= _CHAIN:
+            return chain(0, depth, sums)
+        parts = -(-depth // _CHAIN)
+        length = depth // parts // unroll * unroll
+        sums = b.loop(0, parts, part, sums)
+        return chain(parts * length, depth - parts * length, sums)
 
     def epilogue(
         self,
