@@ -50,8 +50,9 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
         wanted = _TASKS_PER_THREAD * threads
         weights = 4 * conv.depth * conv.channels[1]
         pixels_bytes = 4 * inputs * rows * conv.size[1]
-        # Heavy weights are shared out by channels, so that each thread reads its own.
-        if weights > pixels_bytes:
+        # Heavy weights are shared out by channels, so that each thread reads its own. Otherwise
+        # each thread keeps to its rows, which the next step finds in its cache.
+        if weights > max(pixels_bytes, machine.l2 // 2):
             shares = min(panels, max(1, wanted // conv.groups))
         wanted = -(-wanted // (shares * conv.groups))
         if rows > 1:
