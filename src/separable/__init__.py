@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training")
 
 _HOME = {
     "Account": "cost",
@@ -23,6 +23,7 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
@@ -30,6 +31,7 @@ _HOME = {
     "plan": "conversion",
     "save": "conversion",
     "total_learnables": "cost",
+    "train": "training",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "finetune",
     "load",
     "load_compiled",
     "measure",
@@ -56,10 +59,12 @@ __all__ = [
     "runtime",
     "save",
     "total_learnables",
+    "train",
+    "training",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, runtime
+    from . import conversion, cost, models, nn, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -72,6 +77,7 @@ if TYPE_CHECKING:
         total_learnables,
     )
     from .runtime import compile, load_compiled
+    from .training import finetune, train
 
 
 def __getattr__(name: str) -> Any:

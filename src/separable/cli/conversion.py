@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format, table_or_json
+from .options import (
+    MODEL_HELP,
+    input_size,
+    load,
+    load_weights,
+    numbers,
+    output_format,
+    table_or_json,
+)
 
 FORMS = (
     "depthwise-pointwise",
@@ -17,14 +26,6 @@ FORMS = (
     "low-rank",
 )
 IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Read one number, or one per channel: 0.485,0.456,0.406."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} must be numbers with commas between them") from None
 
 
 @click.command(epilog=MODEL_HELP)
@@ -85,16 +86,25 @@ def convert(
     import torch
 
     from .. import conversion, cost
-    from .images import read_images
+    from ..images import read_images
 
     cost.keep_freed_memory()
     network = load(model)
     if weights is not None:
-        _load_weights(network, weights)
+        load_weights(network, weights)
     inputs = None
     if calibration is not None:
         channels, *side = input_size[1:]
-        inputs = read_images(calibration, channels, tuple(side), mean, std, most, seed)
+        inputs = read_images(
+            calibration,
+            channels,
+            tuple(side),
+            mean,
+            std,
+            most,
+            seed,
+            warn=partial(click.echo, err=True),
+        )
     options = {"forms": forms} if forms else {}
     converted = conversion.convert(
         network,
@@ -110,27 +120,3 @@ def convert(
     assert isinstance(report, conversion.Report)
     click.echo(f"The converted network is {out}.", err=True)
     return json.dumps(report.to_dict(), indent=2) if style == "json" else str(report)
-
-
-def _load_weights(network: Any, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--weights: there is no file {str(path)!r}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"--weights: {str(path)!r} is no safetensors file: {error}") from error
-    own = network.state_dict()
-    differing = [
-        name
-        for name in sorted({*own, *tensors})
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    ]
-    if differing:
-        raise ValueError(
-            f"--weights: {str(path)!r} is of another network: {len(differing)} of its tensors are "
-            f"missing, unexpected or of another shape, {differing[0]!r} first"
-        )
-    network.load_state_dict(tensors)

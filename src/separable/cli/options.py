@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +32,14 @@ eval mode."""
 def size(text: str) -> tuple[int, ...]:
     """Read a shape such as 1x3x224x224."""
     return _numbers(text, least=1)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read one number, or one per channel: 0.485,0.456,0.406."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be numbers with commas between them") from None
 
 
 def padding(text: str) -> str | tuple[int, ...]:
@@ -98,3 +107,28 @@ def load(name: str) -> nn.Module:
     from ..models import create_model
 
     return create_model(name).eval()
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Read a network's weights from a safetensors file, in place."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights: there is no file {str(path)!r}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--weights: {str(path)!r} is no safetensors file: {error}") from error
+    own = network.state_dict()
+    differing = [
+        name
+        for name in sorted({*own, *tensors})
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    ]
+    if differing:
+        raise ValueError(
+            f"--weights: {str(path)!r} is of another network: {len(differing)} of its tensors are "
+            f"missing, unexpected or of another shape, {differing[0]!r} first"
+        )
+    network.load_state_dict(tensors)
