@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import conversion, cost, demo, runtime, training
+from . import completion, conversion, cost, demo, doctor, runtime, training
 from .errors import Group
 
 __all__ = ["main"]
@@ -34,6 +34,8 @@ COMMANDS = (
     training.train,
     training.finetune,
     demo.demo,
+    doctor.doctor,
+    completion.completion,
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -33,7 +33,12 @@ IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
 @click.option(
     "--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01."
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="File for the converted network, safetensors.",
+)
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -52,12 +57,16 @@ IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
     show_default=True,
     help="Most images to take from the folder, at random.",
 )
-@click.option("--mean", type=numbers, default=IMAGENET[0], show_default=True)
-@click.option("--std", type=numbers, default=IMAGENET[1], show_default=True)
+@click.option(
+    "--mean", type=numbers, default=IMAGENET[0], show_default=True, help="Of the channels, 0 to 1."
+)
+@click.option(
+    "--std", type=numbers, default=IMAGENET[1], show_default=True, help="What to divide them by."
+)
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every draw.")
 @output_format
 def convert(
     model: str,

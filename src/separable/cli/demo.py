@@ -19,13 +19,18 @@ from .options import output_format
     show_default=True,
     help="Folder for demo.png and demo.json.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=10, show_default=True, help="Of each training."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every draw.")
 def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     """Train both forms on real data, convert one into the other, and compare, in three minutes.
 
     On the handwritten digits bundled with scikit-learn: the same small MobileNetV1 with regular
     convolutions, converted from them without labels, and trained with separable ones.
+
+    \b
+    separable demo --out demo
     """
     from ..cost import keep_freed_memory
     from ..demo import tell

@@ -90,7 +90,12 @@ def output_format(function: Function) -> Function:
         click.echo(text)
 
     choice = click.option(
-        "--format", "style", type=click.Choice(FORMATS), default="table", show_default=True
+        "--format",
+        "style",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="How to print the result.",
     )
     json = click.option("--json", "style", flag_value="json", help="Short for --format json.")
     return choice(json(run))

@@ -11,9 +11,18 @@ from typing import Any
 import click
 
 from ..training.recipe import Distillation, Recipe, described, read_config
-from .options import MODEL_HELP, load, load_weights, output_format, table_or_json
+from .options import MODEL_HELP, load, load_weights, numbers, output_format, table_or_json
 
 DATA_HELP = "A folder, digits, cifar10 or hf:NAME."
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Read names with commas between them."""
+    return tuple(text.split(","))
+
+
+# how an option that is a list is read
+_LISTS: dict[Any, Any] = {tuple[float, ...]: numbers, tuple[str, ...]: _names}
 
 
 def _recipe(kind: type[Recipe]) -> Callable[[Any], Any]:
@@ -24,15 +33,15 @@ def _recipe(kind: type[Recipe]) -> Callable[[Any], Any]:
             flag = "--" + field.name.replace("_", "-")
             if field.kind is bool:
                 flag += f"/--no-{flag[2:]}"
-            several = field.kind not in (bool, int, float, str)
-            value = click.Choice(field.choices) if field.choices else field.kind
+            default = "" if field.default in (None, ()) else f" [default: {_shown(field.default)}]"
             function = click.option(
                 flag,
                 field.name,
-                type=numbers_or_names if several else value,
-                help=f"{field.text} [default: {_shown(field.default)}]"
-                if field.default not in (None, ())
-                else field.text,
+                type=click.Choice(field.choices)
+                if field.choices
+                else _LISTS.get(field.kind, field.kind),
+                default=None,  # so that what the command line leaves out may stand in a file
+                help=field.text + default,
             )(function)
         return function
 
@@ -43,15 +52,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def numbers_or_names(text: str) -> tuple[float, ...] | tuple[str, ...]:
-    """Read numbers or names with commas between them."""
-    parts = tuple(text.split(","))
-    try:
-        return tuple(map(float, parts))
-    except ValueError:
-        return parts
 
 
 def _shared(function: Any) -> Any:

@@ -114,6 +114,8 @@ def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) ->
         return "transposed"
     if traced and not site.calls:
         return "never runs on the calibration inputs"
+    if not site.plain:
+        return "its class computes more than a convolution"
     if site.shape.inputs == 1 and site.shape.groups > 1:
         return "already depthwise"
     return ""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from tqdm import tqdm
 
 from ..cost import measure, measure_interleaved
@@ -93,7 +94,8 @@ def plan(
         return _for_error(task, inputs)
     if goal.quantity == "latency":
         assert example is not None
-        return _for_latency(task, example, compile or (lambda model, _: model))
+        sample, compiler = example, compile or (lambda model, _: model)
+        return _found_by_first(lambda: _for_latency(task, sample, compiler))
     return task.within(goal.limit)
 
 
@@ -209,6 +211,24 @@ def _for_latency(task: _Task, example: Tensor, compile: Callable[..., Callable[.
     if best is None:
         raise _unmet(task.goal, f"latency={math.ceil(100 * nearest) / 100:g}")
     return best
+
+
+def _found_by_first(search: Callable[[], Plan]) -> Plan:
+    """What process 0 finds, in all processes: they would not measure the same times."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return search()
+    told: list[str | None] = [None, "process 0 failed"]
+    try:
+        if dist.get_rank() == 0:
+            told = [search().to_json(), None]
+    except Exception as error:
+        told[1] = str(error)
+        raise
+    finally:
+        dist.broadcast_object_list(told)
+    if told[0] is None:
+        raise ValueError(told[1])
+    return Plan.from_json(told[0])
 
 
 def _timed(
