@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "reporting")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -23,6 +23,7 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
@@ -31,6 +32,7 @@ _HOME = {
     "report": "reporting",
     "save": "conversion",
     "total_learnables": "cost",
+    "train": "training",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "finetune",
     "load",
     "load_compiled",
     "measure",
@@ -59,10 +62,12 @@ __all__ = [
     "runtime",
     "save",
     "total_learnables",
+    "train",
+    "training",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, reporting, runtime
+    from . import conversion, cost, models, nn, reporting, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -76,6 +81,7 @@ if TYPE_CHECKING:
     )
     from .reporting import report
     from .runtime import compile, load_compiled
+    from .training import finetune, train
 
 
 def __getattr__(name: str) -> Any:
