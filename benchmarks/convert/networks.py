@@ -71,9 +71,9 @@ def resnet(width: int = 16) -> nn.Module:
 
 
 def dilated(width: int = 24) -> nn.Module:
-    """Biases and no batch norm; two layers dilated."""
+    """Biases and no batch norm; two layers dilated. He's initial weights, or it does not learn."""
     one, two = width, 2 * width
-    return nn.Sequential(
+    network = nn.Sequential(
         nn.Conv2d(1, one, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(one, two, 3, stride=2, padding=1),
@@ -90,6 +90,11 @@ def dilated(width: int = 24) -> nn.Module:
         nn.Flatten(),
         nn.Linear(two, 10),
     )
+    for layer in network:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return network
 
 
 class Scan(nn.Module):
