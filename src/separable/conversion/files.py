@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ def save(
     metadata = {
         "format": FORMAT,
         "plan": report.plan.to_json(),
-        "report": json.dumps({"error": report.error, "batch_norm": report.batch_norm}),
+        "report": json.dumps({k: v for k, v in dataclasses.asdict(report).items() if k != "plan"}),
         "aliases": json.dumps(aliases),
     }
     with whole(path) as partial:
