@@ -23,6 +23,7 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "export": "exporting",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
@@ -47,6 +48,7 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "export",
     "load",
     "load_compiled",
     "measure",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .exporting import export
     from .reporting import report
     from .runtime import compile, load_compiled
 

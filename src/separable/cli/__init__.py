@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import completion, conversion, cost, demo, doctor, reporting, runtime
+from . import completion, conversion, cost, demo, doctor, exporting, reporting, runtime
 from .errors import Group
 
 __all__ = ["main"]
@@ -32,6 +32,7 @@ COMMANDS = (
     runtime.explain,
     runtime.bench,
     reporting.report,
+    exporting.export,
     demo.demo,
     doctor.doctor,
     completion.completion,

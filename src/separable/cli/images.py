@@ -16,6 +16,7 @@ CROP = 0.875  # share of the shorter side that the centre crop keeps, as in torc
 
 
 def read_images(
+    option: str,
     folder: Path,
     input_size: tuple[int, ...],
     mean: Sequence[float],
@@ -23,11 +24,12 @@ def read_images(
     most: int,
     seed: int,
 ) -> Tensor:
-    """Read, resize, crop and standardise images to calibrate on.
+    """Read, resize, crop and standardise images.
 
     Images that can't be read are skipped, counted and named on stderr.
 
     Args:
+        option: that names the folder, for errors.
         folder: searched with its subfolders.
         input_size: a batch's shape; of its channels 1 is grey and 3 colour, and the last two are
             the height and width of the centre crop.
@@ -44,7 +46,7 @@ def read_images(
         ValueError: no image can be read, or the sizes do not fit images.
         ImportError: torchvision is not installed.
     """
-    reader = _Reader("--calibration", folder, input_size, mean, std)
+    reader = _Reader(option, folder, input_size, mean, std)
     paths = _images_in(folder)
     random.Random(seed).shuffle(paths)
     images = [image for image, _ in reader.read(paths[: 2 * most], most)]

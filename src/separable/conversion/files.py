@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "aliases": json.dumps(aliases),
     }
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with whole_files([target]) as partial:
+        save_file(tensors, partial[target], metadata)
+
+
+@contextmanager
+def whole_files(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
+    """Give each path a temporary name, and rename all once the body is done.
+
+    Whatever the body raises, Ctrl-C included, leaves nothing behind.
+    """
+    partial = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in paths}
     try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, target)
+        yield partial
+        for path, temporary in partial.items():
+            os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        for temporary in partial.values():
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
