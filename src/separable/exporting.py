@@ -171,7 +171,7 @@ def _batches(
     yield args
     yield noise(size)
     if dynamic:
-        yield noise(size + 2)
+        yield noise(size + 1)
     for batch in inputs:
         parts = [batch] if dynamic else batch.split(size)
         yield from ((part,) for part in parts if dynamic or len(part) == size)
@@ -184,11 +184,19 @@ def _compare(
     """The largest deviation of the file's outputs from the model's.
 
     Raises:
+        ValueError: the model itself fails on a batch.
         RuntimeError: it is too large.
     """
     worst = 0.0
     for batch in batches:
-        expected, found = _leaves(model(*batch)), run(*batch)
+        try:
+            expected = _leaves(model(*batch))
+        except Exception as error:
+            raise ValueError(
+                f"`model` does not take a batch of {len(batch[0])} ({_line(error)}); if its batch "
+                "size is fixed, say so: `dynamic_batch=False`"
+            ) from error
+        found = run(*batch)
         if len(found) != len(expected):
             worst = float("inf")
         else:
@@ -219,11 +227,14 @@ def _traceable(args: tuple[Tensor, ...], dynamic: bool) -> tuple[tuple[Tensor, .
 
 
 def _failed(format: Format, dynamic: bool, error: Exception) -> ValueError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     hint = "; a fixed batch size may do: `dynamic_batch=False`" if dynamic else ""
-    return ValueError(
-        f"`model` can't be exported as {format} ({type(error).__name__}: {reason[:200]}){hint}"
-    )
+    return ValueError(f"`model` can't be exported as {format} ({_line(error)}){hint}")
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in a line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _write_onnx(
@@ -278,16 +289,20 @@ def _run_program(_: nn.Module, path: Path) -> Run:
 def _write_weights(
     model: nn.Module, path: Path, args: tuple[Tensor, ...], dynamic: bool, _: int | None
 ) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     if isinstance(getattr(model, "report", None), Report):
         save(model, path)
-    else:
-        save_model(model, os.fspath(path), {"format": "pt"})
+        return
+    # a tied weight is stored under each of its names, for tools that look it up by one
+    tensors = {
+        name: each.detach().clone().contiguous() for name, each in model.state_dict().items()
+    }
+    save_file(tensors, path, {"format": "pt"})
 
 
 def _run_weights(model: nn.Module, path: Path) -> Run:
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file
 
     is_converted = isinstance(getattr(model, "report", None), Report)
     empty = merge(model) if is_converted else copy.deepcopy(model)
@@ -297,7 +312,7 @@ def _run_weights(model: nn.Module, path: Path) -> Run:
     if is_converted:
         loaded = load(path, model=empty)
     else:
-        load_model(empty, path)
+        empty.load_state_dict(load_file(path))
         loaded = empty
     return lambda *batch: _leaves(loaded(*batch))
 

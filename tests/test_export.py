@@ -57,7 +57,7 @@ def run(path, batch):
 def test_the_file_computes_the_same_at_any_batch_size(model, tmp_path, format):
     path = tmp_path / FILES[format]
     done = separable.export(model, path, example=EXAMPLE[:1], progress=False)
-    assert (done.format, done.batch_sizes, done.checks) == (format, (1, 3), 3)
+    assert (done.format, done.batch_sizes, done.checks) == (format, (1, 2), 3)
     assert 0 <= done.deviation < 1e-4
     assert done.size == path.stat().st_size
     assert os.listdir(tmp_path) == [path.name]
@@ -79,10 +79,11 @@ def test_weights_of_a_network_load_by_name(tmp_path):
     from safetensors.torch import load_file
 
     model = network()
-    model[7].extra = model[8]  # a tied weight is stored once
+    model[7].extra = model[8]  # tied, under two names
     done = separable.export(model, tmp_path / "net.safetensors", example=EXAMPLE, progress=False)
     assert done.deviation == 0
     read = load_file(tmp_path / "net.safetensors")
+    assert set(read) == set(model.state_dict())
     assert torch.equal(read["8.weight"], model[8].weight)
 
 
@@ -149,7 +150,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_a_fixed_batch_size_needs_to_be_asked_for(tmp_path, format):
     path = tmp_path / FILES[format]
-    with pytest.raises(ValueError, match=f"can't be exported as {format} .*dynamic_batch=False"):
+    with pytest.raises(ValueError, match="dynamic_batch=False"):
         separable.export(Fixed(), path, example=EXAMPLE, progress=False)
     assert not os.listdir(tmp_path)
     done = separable.export(Fixed(), path, example=EXAMPLE, dynamic_batch=False, progress=False)
@@ -219,7 +220,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
         return write(other, path, *rest)
 
     monkeypatch.setitem(exporting._WAYS, format, (spoilt, run_again))
-    with pytest.raises(RuntimeError, match="computes something else.*nothing was kept"):
+    with pytest.raises(RuntimeError, match=r"computes something else.*nothing was kept"):
         separable.export(network(), path, example=EXAMPLE, progress=False)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == [path.name]
