@@ -167,7 +167,7 @@ def test_real_inputs_are_compared_too(tmp_path):
         progress=False,
     )
     assert done.checks == 6
-    assert done.batch_sizes == (2, 4)
+    assert done.batch_sizes == (2, 3, 4)
     fixed = separable.export(
         network(),
         tmp_path / "net.onnx",

@@ -42,6 +42,7 @@ def test_onnx_with_real_inputs(place):
     assert (place / "net.onnx").stat().st_size == figures["size"]
 
 
+@pytest.mark.filterwarnings("ignore:layer .* more calibration inputs would help")
 def test_a_converted_network(place):
     regular = separable.models.create_model(MODEL).eval()
     slim = separable.convert(regular, torch.randn(64, 3, 32, 32), "macs=0.5", progress=False)
