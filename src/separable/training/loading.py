@@ -17,7 +17,10 @@ ORDER, AUGMENTATION, STEP, SPLIT, FETCH = range(5)
 
 def seed_of(*key: int) -> int:
     """Return 63 bits that are a function of the whole numbers given."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # its length too, for zeros at the end would not count
+    return int(
+        np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 @contextmanager
