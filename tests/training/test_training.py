@@ -314,7 +314,7 @@ def test_blends_are_of_two_inputs_each():
     assert torch.allclose(mixed.sum(1), torch.ones(6))
     assert ((mixed > 0).sum(1) <= 2).all()
     assert torch.equal(blended(inputs, 0.0), inputs)
-    assert 0 < (blended(torch.randn(1000, 3), 0.5) == 0).sum() + 1
+    assert (blended(torch.randn(1000, 3), 0.5) == 0).sum() + 1 > 0
 
 
 @pytest.mark.parametrize("kind", ["train", "frozen"])
@@ -385,7 +385,7 @@ def test_inputs_smaller_than_the_stride():
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    with pytest.raises(ValueError, match="inputs of 1x8x8 are smaller than the stride of .* 16"):
+    with pytest.raises(ValueError, match=r"inputs of 1x8x8 are smaller than the stride of .* 16"):
         trained(strided)
     assert trained(strided, blobs(size=(1, 16, 16))).run.steps == 10
 
