@@ -171,8 +171,8 @@ def draw_curves(folder: Path) -> None:
     ):
         for name, colour in zip(names, COLOURS, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            mark = "o" if len(points) < 2 else ""
-            axes.plot(*zip(*points, strict=True), mark, color=colour, linestyle="-", label=name)
+            mark = "o" if len(points) < 2 else None
+            axes.plot(*zip(*points, strict=True), marker=mark, color=colour, label=name)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
