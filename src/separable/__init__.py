@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "reporting")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -23,6 +23,8 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "export": "exporting",
+    "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
@@ -31,6 +33,7 @@ _HOME = {
     "report": "reporting",
     "save": "conversion",
     "total_learnables": "cost",
+    "train": "training",
 }
 
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "export",
+    "finetune",
     "load",
     "load_compiled",
     "measure",
@@ -59,10 +64,12 @@ __all__ = [
     "runtime",
     "save",
     "total_learnables",
+    "train",
+    "training",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, reporting, runtime
+    from . import conversion, cost, models, nn, reporting, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -74,8 +81,10 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .exporting import export
     from .reporting import report
     from .runtime import compile, load_compiled
+    from .training import finetune, train
 
 
 def __getattr__(name: str) -> Any:

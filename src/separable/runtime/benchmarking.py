@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from . import machine as machines
 from .backend import compile as compile_model
+from .checking import TOLERANCE, deviation
+from .onnx_graph import onnx_program
 from .roofline import Peak
 
 Runner = Callable[[], Any]
 _BURST = 4  # runs per turn, the first of which only warms the caches
-_TOLERANCE = 1e-3  # of the largest output, by which a result may differ from eager's
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def _benchmark(
     errors: dict[str, float] = {}
     for name, run in list(runners.items()):
         result = torch.as_tensor(np.asarray(run()))
-        errors[name] = float((result - expected).abs().max() / expected.abs().max())
-        if not errors[name] < _TOLERANCE:
+        errors[name] = deviation(result, expected)
+        if not errors[name] < TOLERANCE:
             runners.pop(name)
             notes[name] = f"wrong output, error {errors[name]:.1e}"
     peak = Peak(compiled.program.machine)
@@ -259,19 +260,8 @@ def _inductor(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
 
 
 def _onnx(model: nn.Module, x: torch.Tensor) -> bytes:
-    import logging
-    import warnings
-
     file: Any = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-        finally:
-            logging.disable(logging.NOTSET)
-    assert program is not None
-    program.save(file)
+    onnx_program(model, (x,)).save(file)
     return bytes(file.getvalue())
 
 
