@@ -24,7 +24,7 @@ from .builder import Builder, Index, Value
 from .expression import Expression
 from .tiling import Run, even_sizes, vector_panels, window_runs
 
-_UNROLL = 256  # multiply-adds of straight-line code per channel loop, at most about
+_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
 _CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
 
 
@@ -369,7 +369,9 @@ class _Emitter:
             return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
         cost = (high - low) * vectors
-        unroll = depth if depth * cost <= _UNROLL else min(4, max(1, _UNROLL // cost))
+        unroll = 4 if depth % 3 else 3
+        if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
+            unroll = 1
         if conv.depth <= _CHAIN:
             return chain(0, depth, sums)
         parts = -(-depth // _CHAIN)
