@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from ..machine import Machine
 from . import expression
 from .builder import Builder, Index, Value
+from .elementwise import load_strided
 from .expression import Expression
-from .tiling import Run, even_sizes, vector_panels, window_runs
+from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, window_runs
 
 _UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
 _CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
@@ -166,18 +167,11 @@ class _Emitter:
         self.x, self.w, self.bias, *self.extras, self.y = b.pointers
         inputs, outputs = conv.channels
         self.padded = -(-outputs // machine.width) * machine.width
-        kw, dilation = conv.kernel[1], conv.dilation[1]
-        self.runs = window_runs(
-            conv.size[1],
-            tile.pixels,
-            conv.in_size[1],
-            kw,
-            conv.stride[1],
-            conv.padding[1],
-            dilation,
-        )
+        self.runs = window_runs(conv, tile.pixels)
         # Taps of a row that lie behind one another in memory are one longer row of channels.
-        self.joined = conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and dilation == 1
+        self.joined = (
+            conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and conv.dilation[1] == 1
+        )
         self.panels = vector_panels(outputs, machine.width, tile.vectors)
         b.loop(b.begin, b.end, self.task)
         self.text = b.finish()
@@ -235,13 +229,7 @@ class _Emitter:
         return bound(share), bound(b.add(share, 1))
 
     def row_of_blocks(
-        self,
-        run: Run,
-        r: Index,
-        first_block: Index,
-        last_block: Index,
-        x: Value,
-        panel: _Panel,
+        self, run: Run, r: Index, first_block: Index, last_block: Index, x: Value, panel: _Panel
     ) -> None:
         b, conv = self.b, self.conv
         image, row = b.divmod(r, conv.size[0])
@@ -264,13 +252,7 @@ class _Emitter:
                 block,
             )
 
-    def taps(
-        self,
-        run: Run,
-        position: Sequence[Index],
-        x: Value,
-        panel: _Panel,
-    ) -> list[Value]:
+    def taps(self, run: Run, position: Sequence[Index], x: Value, panel: _Panel) -> list[Value]:
         b, conv = self.b, self.conv
         image, row, column = position
         kw, inputs = conv.kernel[1], conv.channels[0]
@@ -300,24 +282,10 @@ class _Emitter:
             return result
 
         zeros = [b.zero()] * (run.size * panel.vectors)
-        sums = b.loop(*self._rows_inside(top), line, zeros)
+        sums = b.loop(*taps_inside(b, top, conv), line, zeros)
         # Last, as torch does: on top of a large bias, each product would be rounded to its size.
         bias = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
         return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]
-
-    def _rows_inside(self, top: Index) -> tuple[Index, Index]:
-        """The taps `low <= ky < high` whose input row is inside the image."""
-        b, conv = self.b, self.conv
-        kh, d = conv.kernel[0], conv.dilation[0]
-        if (
-            conv.padding[0] == 0
-            and conv.size[0] * conv.stride[0] <= conv.in_size[0] - (kh - 1) * d + conv.stride[0] - 1
-        ):
-            return 0, kh
-        low = b.divmod(b.maximum(b.add(b.mul(top, -1), d - 1), 0), d)[0]
-        room = b.add(b.add(b.mul(top, -1), conv.in_size[0]), d - 1)
-        high = b.minimum(b.divmod(b.maximum(room, 0), d)[0], kh)
-        return low, high
 
     def channels(
         self,
@@ -380,11 +348,7 @@ class _Emitter:
         return chain(parts * length, depth - parts * length, sums)
 
     def epilogue(
-        self,
-        run: Run,
-        position: Sequence[Index],
-        sums: list[Value],
-        panel: _Panel,
+        self, run: Run, position: Sequence[Index], sums: list[Value], panel: _Panel
     ) -> None:
         b, conv = self.b, self.conv
         channel, vectors, tail = panel.channel, panel.vectors, panel.tail
@@ -402,9 +366,7 @@ class _Emitter:
                         return sums[i * vectors + v]
                     *_, along, lane = conv.extra_strides[number - 1]
                     source = b.at(extras[number - 1], i * along + v * b.width * lane)
-                    if lane == 0:
-                        return b.broadcast(b.load_scalar(source))
-                    return b.load(source, count)
+                    return load_strided(b, source, lane, count)
 
                 value = expression.emit(b, conv.epilogue, load)
                 b.store(value, b.at(out, i * conv.y_strides[2] + v * b.width), count)
@@ -429,12 +391,6 @@ def reference(
     Returns:
         `[N, groups × out, *size]`.
     """
-    sizes = zip(conv.size, conv.in_size, conv.kernel, conv.stride, conv.dilation, strict=True)
-    # Enough zeros behind the image for the last window, however the padding was given.
-    after = [
-        (out - 1) * s + (k - 1) * d + 1 - inside - before
-        for (out, inside, k, s, d), before in zip(sizes, conv.padding, strict=True)
-    ]
-    x = F.pad(x, (conv.padding[1], after[1], conv.padding[0], after[0]))
+    x = F.pad(x, surroundings(conv))
     out = F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
     return expression.evaluate(conv.epilogue, [out, *extras])
