@@ -158,7 +158,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
     extra = random(case.batch, channels, *size)
     chain = kernel_file.joined(stages)
     tiles = tuple(stage_tile(stage, machine) for stage in chain.stages)
-    tile = ChainTile(tiles, case.rows, case.bands)
+    tile = ChainTile(tiles, min(case.rows, size[0]), case.bands)
     operands = [x.permute(0, 2, 3, 1).contiguous()]
     for stage, stage_cut, (weight, bias) in zip(chain.stages, tiles, parameters, strict=True):
         if isinstance(stage, Conv):
@@ -168,7 +168,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
             operands += window.pack(stage, machine, weight, bias)
     if case.residual:
         operands.append(extra.permute(0, 2, 3, 1).contiguous())
-    floats = kernel_file.scratch_size(chain, case.rows)
+    floats = kernel_file.scratch_size(chain, tile.rows)
     scratch = torch.full((floats + 2 * GUARD,), float("nan"))
     scratch[:GUARD] = scratch[-GUARD:] = 123.0
     operands.append(scratch[GUARD:-GUARD])

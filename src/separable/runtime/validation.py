@@ -112,7 +112,11 @@ def _chain(does: Chain, kernel: Kernel) -> list[int]:
         extra_strides=not any(stage.extra_strides for stage in stages[:-1]),
         rows=1 <= tile.rows <= last.size[0],
         bands=tile.bands >= 1,
-        tiles=all(cut is None or cut.rows == cut.panels == 1 for cut in tile.tiles),
+        tiles=len(tile.tiles) == len(stages)
+        and all(
+            cut is None or (cut.rows == cut.panels == 1 and cut.pixels <= stage.size[1])
+            for stage, cut in zip(stages, tile.tiles, strict=False)
+        ),
     )
     for before, after in itertools.pairwise(stages):
         inputs = after.channels[0] if isinstance(after, Conv) else after.channels
