@@ -215,10 +215,12 @@ def test_drawn_shapes(data: st.DataObject) -> None:
     kernel, stride, dilation = draw(kernels), draw(pair), draw(pair)
     padding = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
     channels = st.integers(1, 70)
+    window = Layer(0, kernel, stride, padding, dilation, draw(st.integers(1, 2)))
+    before, after = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     layers = (
-        *draw(st.sampled_from([(), (pointwise(draw(channels)),)])),
-        Layer(0, kernel, stride, padding, dilation, draw(st.integers(1, 2))),
-        *draw(st.sampled_from([(), (pointwise(draw(channels)),)])),
+        *([pointwise(draw(channels))] if before else []),
+        window,
+        *([pointwise(draw(channels))] if after else []),
     )
     size = tuple(
         max(1, (k - 1) * d + 1 - 2 * p) + draw(st.integers(0, 9))

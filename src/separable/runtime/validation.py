@@ -103,8 +103,9 @@ def footprints(kernel: Kernel) -> list[int]:
 
 def _chain(does: Chain, kernel: Kernel) -> list[int]:
     tile, stages = kernel.tile, does.stages
-    if not isinstance(tile, ChainTile) or not all(isinstance(s, Conv | Window) for s in stages):
-        raise ValueError("a chain is of convolutions and windows, and needs a `tile`")
+    known = all(isinstance(stage, Conv | Window) for stage in stages)
+    if not isinstance(tile, ChainTile) or len(stages) < 2 or not known:
+        raise ValueError("a chain is of several convolutions and windows, and needs a `tile`")
     first, *inner, last = stages
     _require(
         batch=all(stage.batch == first.batch for stage in stages),
