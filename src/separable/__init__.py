@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "reporting")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -24,6 +24,7 @@ _HOME = {
     "count": "cost",
     "crosscheck": "cost",
     "export": "exporting",
+    "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
@@ -32,6 +33,7 @@ _HOME = {
     "report": "reporting",
     "save": "conversion",
     "total_learnables": "cost",
+    "train": "training",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "count",
     "crosscheck",
     "export",
+    "finetune",
     "load",
     "load_compiled",
     "measure",
@@ -61,10 +64,12 @@ __all__ = [
     "runtime",
     "save",
     "total_learnables",
+    "train",
+    "training",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, reporting, runtime
+    from . import conversion, cost, models, nn, reporting, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
     from .exporting import export
     from .reporting import report
     from .runtime import compile, load_compiled
+    from .training import finetune, train
 
 
 def __getattr__(name: str) -> Any:

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .conversion import Report, load, merge, save
-from .conversion.files import whole_files
 from .conversion.sites import frozen_copy
 from .runtime.checking import TOLERANCE, deviation
 from .runtime.onnx_graph import onnx_program
+from .writing import whole_files
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 ENDINGS: dict[str, Format] = {

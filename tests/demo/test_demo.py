@@ -13,9 +13,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
 
+from separable.demo.digits import Digits, load_digits
+
 from separable.demo import story as story_module
 from separable.demo import tell
-from separable.demo.digits import Digits, load_digits
 from separable.demo.learning import fit, steps_per_epoch, wilson_interval
 
 # the tests convert with fewer images than the demo does

@@ -74,7 +74,7 @@ def convert(
     import torch
 
     from .. import conversion, cost
-    from .images import read_images
+    from ..images import read_images
 
     cost.keep_freed_memory()
     network = load(model, weights)

@@ -107,8 +107,8 @@ def report(
         raise click.UsageError("--frontier belongs to a conversion: give --convert too")
     output_folder_exists(out)
     from .. import conversion, cost, reporting
+    from ..images import read_images, read_labelled
     from ..reporting.writing import check
-    from .images import read_images, read_labelled
 
     check(out, style)
     cost.keep_freed_memory()

@@ -20,7 +20,7 @@ from ..cost import Account, Measurement, count, measure_interleaved
 from ..cost.account import Format, check_format, draw
 from ..models import mobilenet_v1
 from ..reporting import Findings, report
-from .digits import CLASSES, IMAGE_SIZE, Digits, load_digits
+from ..training.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
 from .learning import count_correct, fit, steps_per_epoch, wilson_interval
 
 BATCH = 64

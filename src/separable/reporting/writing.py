@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..conversion.files import whole_files
+from ..writing import whole_files
 from .layers import to_csv
 
 if TYPE_CHECKING:

@@ -1,18 +1,74 @@
-"""Images of a folder as a network's inputs."""
+"""Images of a folder: finding, reading and preparing them as a network's inputs."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import click
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-BATCH = 32
 CROP = 0.875  # share of the shorter side that the centre crop keeps, as in torchvision's presets
+BATCH = 32
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return the images of a folder and its subfolders, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def open_image(path: Path | str, channels: int) -> Any:
+    """Return a decoded PIL image, grey or in colour; None where it can't be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def transforms() -> Any:
+    """Return `torchvision.transforms.v2`.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    try:
+        from torchvision.transforms import v2
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "torchvision is not installed: pip install 'separable[zoo]'", name=error.name
+        ) from error
+    return v2
+
+
+def centre_crop(size: Sequence[int]) -> list[Any]:
+    """Steps that resize an image and cut its middle out, `size` high and wide."""
+    v2 = transforms()
+    # the shorter side
+    return [v2.Resize(round(max(size) / CROP), antialias=True), v2.CenterCrop(list(size))]
+
+
+def standardise(mean: Sequence[float], std: Sequence[float], channels: int) -> list[Any]:
+    """Steps that turn a PIL image into a standardised tensor `[channels, height, width]`.
+
+    Raises:
+        ValueError: there are neither one nor `channels` means or deviations.
+    """
+    import torch
+
+    v2 = transforms()
+    return [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(_per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")),
+    ]
 
 
 def read_images(
@@ -46,11 +102,12 @@ def read_images(
         ValueError: no image can be read, or the sizes do not fit images.
         ImportError: torchvision is not installed.
     """
+    import torch
+
     reader = _Reader(option, folder, input_size, mean, std)
-    paths = _images_in(folder)
+    paths = find_images(folder)
     random.Random(seed).shuffle(paths)
-    images = [image for image, _ in reader.read(paths[: 2 * most], most)]
-    return torch.stack(images)
+    return torch.stack([image for image, _ in reader.read(paths[: 2 * most], most)])
 
 
 def read_labelled(
@@ -72,17 +129,15 @@ def read_labelled(
         ValueError: no image can be read, or the sizes do not fit images.
         ImportError: torchvision is not installed.
     """
+    import torch
+
     reader = _Reader("--labelled", folder, input_size, mean, std)
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    labels = {path: i for i, each in enumerate(classes) for path in _images_in(each)}
+    labels = {path: i for i, each in enumerate(classes) for path in find_images(each)}
     read = reader.read(list(labels), len(labels))
     images = torch.stack([image for image, _ in read])
     truth = torch.tensor([labels[path] for _, path in read])
     return list(zip(images.split(BATCH), truth.split(BATCH), strict=True))
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 class _Reader:
@@ -104,29 +159,12 @@ class _Reader:
             )
         if not folder.is_dir():
             raise FileNotFoundError(f"{option}: there is no folder {str(folder)!r}")
-        try:
-            from torchvision.transforms import v2
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "torchvision is not installed: pip install 'separable[zoo]'", name=error.name
-            ) from error
-        self.option, self.folder = option, folder
-        self.mode = "L" if channels == 1 else "RGB"
-        self.transform = v2.Compose(
-            [
-                v2.Resize(round(max(size) / CROP), antialias=True),  # of the shorter side
-                v2.CenterCrop(size),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(
-                    _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
-                ),
-            ]
-        )
+        self.option, self.folder, self.channels = option, folder, channels
+        steps = [*centre_crop(size), *standardise(mean, std, channels)]
+        self.transform = transforms().Compose(steps)
 
     def read(self, paths: list[Path], most: int) -> list[tuple[Tensor, Path]]:
         """Read images until there are `most`."""
-        from PIL import Image
         from tqdm import tqdm
 
         images: list[tuple[Tensor, Path]] = []
@@ -134,20 +172,30 @@ class _Reader:
         for path in tqdm(paths, "reading images", leave=False, delay=2, disable=None):
             if len(images) == most:
                 break
-            try:
-                with Image.open(path) as image:
-                    images.append((self.transform(image.convert(self.mode)), path))
-            except (OSError, ValueError, Image.DecompressionBombError):
+            image = open_image(path, self.channels)
+            if image is None:
                 broken.append(path)
+            else:
+                images.append((self.transform(image), path))
         if broken:
-            names = ", ".join(str(path) for path in broken[:3]) + ", ..." * (len(broken) > 3)
-            click.echo(f"Skipped {len(broken)} images that can't be read: {names}", err=True)
+            print(skipped(broken), file=sys.stderr)
         if not images:
-            raise ValueError(
-                f"{self.option}: no image in {str(self.folder)!r} can be read; put images there "
-                f"that end in {', '.join(sorted(SUFFIXES))}"
-            )
+            raise no_images(self.folder, self.option)
         return images
+
+
+def skipped(broken: Sequence[Path | str]) -> str:
+    """Say which images could not be read, in a line."""
+    names = ", ".join(map(str, broken[:3])) + ", ..." * (len(broken) > 3)
+    return f"Skipped {len(broken)} images that can't be read: {names}"
+
+
+def no_images(folder: Path, argument: str) -> ValueError:
+    """Build the error of a folder without a readable image."""
+    return ValueError(
+        f"{argument}: no image in {str(folder)!r} can be read; put images there that end "
+        f"in {', '.join(sorted(SUFFIXES))}"
+    )
 
 
 def _per_channel(values: Sequence[float], channels: int, name: str) -> list[float]:
