@@ -74,7 +74,7 @@ def export(
     import torch
 
     from .. import conversion, exporting
-    from .images import BATCH, read_images
+    from ..images import BATCH, read_images
 
     network = load(model, weights)
     if converted is not None:
