@@ -191,7 +191,8 @@ def _roofline(findings: Findings) -> Figure | None:
         "Left of the bend a layer waits for memory, right of it for arithmetic; its distance below "
         "the line is what is lost besides. One core; the bend is at "
         f"{ridge:.1f} MACs per byte. Bandwidth is that of a copy of 4 MiB: a layer whose data stay "
-        "in a nearer cache may lie above the slope. Layers without MACs, and those of less than 0.2 µs, are left out.",
+        "in a nearer cache may lie above the slope. Layers without MACs, and those of less "
+        "than 0.2 µs, are left out.",
         plot,
     )
 
