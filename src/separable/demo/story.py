@@ -27,8 +27,6 @@ BATCH = 64
 INPUT_SIZE = (BATCH, 1, IMAGE_SIZE, IMAGE_SIZE)
 # unlabelled training images that the conversion sees
 CALIBRATION = 640
-# shares of the convolutions' multiply-adds that the report shows beside the conversion's own
-FRONTIER = (0.3, 0.06)
 # on few cores the barriers of a busy machine cost more than a second thread gains
 THREADS = 1
 
@@ -292,7 +290,6 @@ def _findings(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed:
         inputs=digits.test_images[:BATCH],
         converted=networks["converted"],
         calibration=digits.train_images[:CALIBRATION],
-        frontier=[f"macs={share}" for share in FRONTIER],
         beside={"trained separable": networks["separable"]},
         data=[(digits.test_images, digits.test_labels)],
         threads=THREADS,
