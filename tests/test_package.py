@@ -29,6 +29,7 @@ def test_public_names():
         "cost",
         "count",
         "crosscheck",
+        "export",
         "finetune",
         "load",
         "load_compiled",
@@ -37,6 +38,8 @@ def test_public_names():
         "models",
         "nn",
         "plan",
+        "report",
+        "reporting",
         "runtime",
         "save",
         "total_learnables",
@@ -53,7 +56,9 @@ def test_every_public_name_loads_and_says_what_it_is(name):
     assert getattr(separable, name) is value
 
 
-@pytest.mark.parametrize("room", ["nn", "cost", "models", "conversion", "runtime", "training"])
+@pytest.mark.parametrize(
+    "room", ["nn", "cost", "models", "conversion", "runtime", "training", "reporting"]
+)
 def test_every_name_of_a_room_loads(room):
     module = getattr(separable, room)
     assert module.__all__ == sorted(module.__all__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -23,12 +23,14 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "export": "exporting",
     "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
     "merge": "conversion",
     "plan": "conversion",
+    "report": "reporting",
     "save": "conversion",
     "total_learnables": "cost",
     "train": "training",
@@ -48,6 +50,7 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "export",
     "finetune",
     "load",
     "load_compiled",
@@ -56,6 +59,8 @@ __all__ = [
     "models",
     "nn",
     "plan",
+    "report",
+    "reporting",
     "runtime",
     "save",
     "total_learnables",
@@ -64,7 +69,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, runtime, training
+    from . import conversion, cost, models, nn, reporting, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -76,6 +81,8 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .exporting import export
+    from .reporting import report
     from .runtime import compile, load_compiled
     from .training import finetune, train
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 CROP = 0.875  # share of the shorter side that the centre crop keeps, as in torchvision's presets
+BATCH = 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -70,29 +72,27 @@ def standardise(mean: Sequence[float], std: Sequence[float], channels: int) -> l
 
 
 def read_images(
+    option: str,
     folder: Path,
-    channels: int,
-    size: tuple[int, ...],
+    input_size: tuple[int, ...],
     mean: Sequence[float],
     std: Sequence[float],
     most: int,
     seed: int,
-    *,
-    warn: Callable[[str], object],
 ) -> Tensor:
     """Read, resize, crop and standardise images.
 
-    Images that can't be read are skipped, counted and named.
+    Images that can't be read are skipped, counted and named on stderr.
 
     Args:
+        option: that names the folder, for errors.
         folder: searched with its subfolders.
-        channels: 1 for grey, 3 for colour.
-        size: height and width of the centre crop.
+        input_size: a batch's shape; of its channels 1 is grey and 3 colour, and the last two are
+            the height and width of the centre crop.
         mean: of the pixels in 0 to 1, one or one per channel.
         std: their standard deviation, one or one per channel.
         most: images to take at most, drawn at random.
         seed: of the draw.
-        warn: called with a line about the images that were skipped.
 
     Returns:
         `[N, channels, height, width]`.
@@ -102,34 +102,86 @@ def read_images(
         ValueError: no image can be read, or the sizes do not fit images.
         ImportError: torchvision is not installed.
     """
-    if len(size) != 2 or channels not in (1, 3):
-        raise ValueError(
-            f"--input-size must be Nx1xHxW or Nx3xHxW for images, got {channels} channels of "
-            f"{'x'.join(map(str, size))}"
-        )
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--calibration: there is no folder {str(folder)!r}")
     import torch
-    from tqdm import tqdm
 
-    transform = transforms().Compose([*centre_crop(size), *standardise(mean, std, channels)])
+    reader = _Reader(option, folder, input_size, mean, std)
     paths = find_images(folder)
     random.Random(seed).shuffle(paths)
-    images: list[Tensor] = []
-    broken: list[Path] = []
-    for path in tqdm(paths[: 2 * most], "reading images", leave=False, delay=2, disable=None):
-        if len(images) == most:
-            break
-        image = open_image(path, channels)
-        if image is None:
-            broken.append(path)
-        else:
-            images.append(transform(image))
-    if broken:
-        warn(skipped(broken))
-    if not images:
-        raise no_images(folder, "--calibration")
-    return torch.stack(images)
+    return torch.stack([image for image, _ in reader.read(paths[: 2 * most], most)])
+
+
+def read_labelled(
+    folder: Path, input_size: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Read all images of a folder with one subfolder per class.
+
+    Args:
+        folder: its subfolders, sorted by name, are the classes 0, 1, ...
+        input_size: as for `read_images`, like the others.
+        mean: of the pixels.
+        std: of the pixels.
+
+    Returns:
+        Batches of images `[N, channels, height, width]` and classes `[N]`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: no image can be read, or the sizes do not fit images.
+        ImportError: torchvision is not installed.
+    """
+    import torch
+
+    reader = _Reader("--labelled", folder, input_size, mean, std)
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    labels = {path: i for i, each in enumerate(classes) for path in find_images(each)}
+    read = reader.read(list(labels), len(labels))
+    images = torch.stack([image for image, _ in read])
+    truth = torch.tensor([labels[path] for _, path in read])
+    return list(zip(images.split(BATCH), truth.split(BATCH), strict=True))
+
+
+class _Reader:
+    """Reads the images of a folder that an option names."""
+
+    def __init__(
+        self,
+        option: str,
+        folder: Path,
+        input_size: tuple[int, ...],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        channels, *size = input_size[1:] or (0,)
+        if len(size) != 2 or channels not in (1, 3):
+            raise ValueError(
+                f"--input-size must be Nx1xHxW or Nx3xHxW for images, got {channels} channels of "
+                f"{'x'.join(map(str, size))}"
+            )
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{option}: there is no folder {str(folder)!r}")
+        self.option, self.folder, self.channels = option, folder, channels
+        steps = [*centre_crop(size), *standardise(mean, std, channels)]
+        self.transform = transforms().Compose(steps)
+
+    def read(self, paths: list[Path], most: int) -> list[tuple[Tensor, Path]]:
+        """Read images until there are `most`."""
+        from tqdm import tqdm
+
+        images: list[tuple[Tensor, Path]] = []
+        broken: list[Path] = []
+        for path in tqdm(paths, "reading images", leave=False, delay=2, disable=None):
+            if len(images) == most:
+                break
+            image = open_image(path, self.channels)
+            if image is None:
+                broken.append(path)
+            else:
+                images.append((self.transform(image), path))
+        if broken:
+            print(skipped(broken), file=sys.stderr)
+        if not images:
+            raise no_images(self.folder, self.option)
+        return images
 
 
 def skipped(broken: Sequence[Path | str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import separable
-from separable.conversion import SeparatedConv, planning
+from separable.conversion import SeparatedConv, planning, refining
 from separable.conversion.sites import divergence
 
 FEW = "positions; more calibration"
@@ -305,6 +305,7 @@ def _rank_of_two(rank, port, path):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    refining.STEPS = 20
     model, inputs, _ = torch.load(path / "case.pt", weights_only=False)
     mine = list(inputs.split(16))[rank::2]
     slim = separable.convert(model, mine, "macs=0.4", progress=False)

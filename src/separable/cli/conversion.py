@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from .options import (
     MODEL_HELP,
     input_size,
     load,
-    load_weights,
-    numbers,
+    output_folder_exists,
     output_format,
+    photos,
     table_or_json,
+    weights,
 )
 
 FORMS = (
@@ -25,7 +25,6 @@ FORMS = (
     "pointwise-depthwise-pointwise",
     "low-rank",
 )
-IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
 
 
 @click.command(epilog=MODEL_HELP)
@@ -39,29 +38,10 @@ IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
     required=True,
     help="File for the converted network, safetensors.",
 )
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Trained weights, safetensors; random if left out.",
-)
-@click.option(
+@weights
+@photos(
     "--calibration",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
-)
-@click.option(
-    "--images",
-    "most",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Most images to take from the folder, at random.",
-)
-@click.option(
-    "--mean", type=numbers, default=IMAGENET[0], show_default=True, help="Of the channels, 0 to 1."
-)
-@click.option(
-    "--std", type=numbers, default=IMAGENET[1], show_default=True, help="What to divide them by."
+    "Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
 )
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
@@ -90,30 +70,17 @@ def convert(
         --calibration photos --budget macs=0.25 --out slim.safetensors
     """
     table_or_json(style)
-    if not out.absolute().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {str(out.absolute().parent)!r}")
+    output_folder_exists(out)
     import torch
 
     from .. import conversion, cost
     from ..images import read_images
 
     cost.keep_freed_memory()
-    network = load(model)
-    if weights is not None:
-        load_weights(network, weights)
+    network = load(model, weights)
     inputs = None
     if calibration is not None:
-        channels, *side = input_size[1:]
-        inputs = read_images(
-            calibration,
-            channels,
-            tuple(side),
-            mean,
-            std,
-            most,
-            seed,
-            warn=partial(click.echo, err=True),
-        )
+        inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     options = {"forms": forms} if forms else {}
     converted = conversion.convert(
         network,

@@ -17,7 +17,7 @@ from .options import output_format
     type=click.Path(path_type=Path, file_okay=False),
     default="demo",
     show_default=True,
-    help="Folder for demo.png and demo.json.",
+    help="Folder for demo.png, demo.json and report.html.",
 )
 @click.option(
     "--epochs", type=click.IntRange(1), default=10, show_default=True, help="Of each training."
@@ -38,6 +38,8 @@ def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     keep_freed_memory()
     story = tell(out, epochs=epochs, seed=seed)
     click.echo(
-        f"The picture is {out / 'demo.png'}, the figures are in {out / 'demo.json'}.", err=True
+        f"The picture is {out / 'demo.png'}, the figures are in {out / 'demo.json'}, "
+        f"the report is {out / 'report.html'}.",
+        err=True,
     )
     return story.to_string(style)

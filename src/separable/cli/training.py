@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..training.recipe import Distillation, Recipe, described, read_config
-from .options import MODEL_HELP, load, load_weights, numbers, output_format, table_or_json
+from .options import MODEL_HELP, load, numbers, output_format, table_or_json
 
 DATA_HELP = "A folder, digits, cifar10 or hf:NAME."
 
@@ -161,9 +161,8 @@ def finetune(
     own = dict(zip(keys, (student, teacher, weights, data, validation_data), strict=True))
     given = _configured(config, own, options, Distillation, needed=("student", "teacher", "data"))
     names = {key: given.pop(key) for key in keys}
-    original = load(names["teacher"])
-    if names["weights"] is not None:
-        load_weights(original, Path(names["weights"]))
+    weights_file = None if names["weights"] is None else Path(names["weights"])
+    original = load(names["teacher"], weights_file)
     network = training.finetune(
         conversion.load(names["student"], model=original),
         teacher=original,

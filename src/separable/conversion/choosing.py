@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .fitting import Target, curve, fit, targets
 from .forms import Form, exact_rank, grouped, weights_per_position
-from .plans import Row
+from .plans import NothingToConvert, Row
 from .sites import Inputs, Site, fisher, survey, trace
 
 SURVEY_BYTES = 1.5e9
@@ -74,7 +74,7 @@ def candidates(
     """
     sites = trace(original, inputs.first if inputs is not None else example)
     if not sites:
-        raise ValueError("`model` has no convolution to convert")
+        raise NothingToConvert({})
     reasons = {
         site.name: reason
         for site in sites

@@ -17,7 +17,7 @@ from ..cost import measure, measure_interleaved
 from .applying import run
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
-from .plans import Budget, Plan
+from .plans import Budget, NothingToConvert, Plan
 from .sites import Inputs, frozen_copy, replaced, trace
 
 TRIALS = 6
@@ -86,8 +86,7 @@ def plan(
         original, inputs, example, tuple(skip), _checked_forms(forms), seed, share, progress
     )
     if not found.options:
-        reasons = ", ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
-        raise ValueError(f"`model` has no convolution to convert ({reasons})")
+        raise NothingToConvert(found.reasons)
     task = _Task(original, found, goal, seed, progress)
     if goal.quantity == "error":
         assert inputs is not None
