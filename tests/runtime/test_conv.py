@@ -35,6 +35,7 @@ class Case:
     residual: bool = False
     threads: int = 1
     image_first: bool = False  # input in [N, C, H, W] order
+    bias: float = 1.0  # how large it is
 
 
 CASES = {
@@ -59,6 +60,9 @@ CASES = {
     "stride-over-kernel": Case(channels=(5, 9), size=(11, 13), kernel=(2, 2), stride=(3, 4)),
     "grouped": Case(2, (4, 6), (6, 5), (3, 3), padding=(1, 1), groups=5),
     "row": Case(channels=(12, 9), size=(1, 30), kernel=(1, 5), padding=(0, 2)),
+    "long-sum": Case(channels=(4096, 64), size=(14, 14)),
+    "long-sum-3x3": Case(channels=(150, 20), size=(5, 7), kernel=(3, 3), padding=(1, 1)),
+    "large-bias": Case(channels=(40, 24), size=(9, 9), bias=100.0),
     "wide-padding": Case(channels=(4, 8), size=(2, 3), kernel=(3, 3), padding=(2, 2)),
 }  # fmt: skip
 
@@ -75,7 +79,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
         x.view(-1)[:: max(1, x.numel() // 5)] = torch.tensor(float("nan"))
         x.view(-1)[1 :: max(2, x.numel() // 3)] = float("inf")
     weight = random(groups * outputs, inputs, *case.kernel)
-    bias = random(groups * outputs)
+    bias = random(groups * outputs) * case.bias
     size = [
         (i + 2 * p - (k - 1) * d - 1) // s + 1
         for i, p, k, d, s in zip(

@@ -101,7 +101,7 @@ def test_maps(
 
 
 @pytest.mark.parametrize("channels", [1, 7, 32, 45, 70])
-@pytest.mark.parametrize("pixels", [(1, 1), (5, 3), (90, 70)])
+@pytest.mark.parametrize("pixels", [(1, 1), (5, 3), (90, 70), (1, 4000)])
 def test_means_over_pixels(channels: int, pixels: tuple[int, int], machine: Machine) -> None:
     h, w = pixels
     x, extra = random(2 * h * w * channels) + 3, random(2 * channels)
@@ -120,7 +120,7 @@ def test_means_over_pixels(channels: int, pixels: tuple[int, int], machine: Mach
 
 
 @pytest.mark.parametrize("kind", ["norm", "softmax", "mean"])
-@pytest.mark.parametrize("length", [1, 3, 8, 29, 64, 777])
+@pytest.mark.parametrize("length", [1, 3, 8, 29, 64, 777, 20_000])
 def test_rows(kind: str, length: int, machine: Machine) -> None:
     if kind == "norm" and length == 1:
         pytest.skip("the variance of one value is 0")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import conversion, cost, demo, runtime
+from . import completion, conversion, cost, demo, doctor, reporting, runtime, training
 from .errors import Group
 
 __all__ = ["main"]
@@ -31,7 +31,12 @@ COMMANDS = (
     conversion.convert,
     runtime.explain,
     runtime.bench,
+    training.train,
+    training.finetune,
+    reporting.report,
     demo.demo,
+    doctor.doctor,
+    completion.completion,
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ from .sites import convolutions, replaced
 FORMAT = "separable-1"
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a converted network's weights and plan to a safetensors file.
 
     The file appears whole or not at all.
@@ -29,6 +36,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: what `convert` or `apply` returned.
         path: the file to write.
+        weights: a state dict to write in place of the model's own, as a moving average of it.
 
     Raises:
         ValueError: the model is not a converted one.
@@ -39,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if weights is None else weights).items():
         # safetensors stores no two views of one memory: tied weights are kept once
         view = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and view in seen:
@@ -53,10 +61,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "report": json.dumps({k: v for k, v in dataclasses.asdict(report).items() if k != "plan"}),
         "aliases": json.dumps(aliases),
     }
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata)
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary name beside `path`; what is written there gets its own once complete."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata)
+        yield partial
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

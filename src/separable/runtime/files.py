@@ -25,22 +25,24 @@ from torch.utils import _pytree as pytree
 from . import jit
 from . import machine as machines
 from .compiled import CompiledModel
+from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
-from .emit.kernel import Description, Kernel
+from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
 from .emit.resample import Resample
 from .emit.window import Window
 from .execute import Program
 from .graph import Node
 from .memory import Buffer
-from .scheduling import Schedule, Step
+from .steps import Schedule, Step
 
 _MAGIC = b"separable-runtime"
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST = hashlib.sha256
-_KINDS: dict[str, type[Description]] = {
-    kind.__name__: kind for kind in (Conv, Window, Map, Mean, Rows, Resample)
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (Conv, ConvTile, Window, Chain, ChainTile, Map, Mean, Rows, Resample)
 }
 _MACHINE = ("isa", "width", "registers", "fma", "l1", "l2")
 
@@ -82,9 +84,8 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
         "weights": len(weights),
         "kernels": [
             {
-                "kind": type(kernel.does).__name__,
-                "does": dataclasses.asdict(kernel.does),
-                "tile": kernel.tile and dataclasses.asdict(kernel.tile),
+                "does": _described(kernel.does),
+                "tile": _described(kernel.tile),
                 "object": len(binary),
                 "signature": _sign(binary),
             }
@@ -141,8 +142,7 @@ def load_compiled(path: str | os.PathLike[str]) -> CompiledModel:
     kernels: list[Kernel] = []
     trusted: dict[Kernel, bytes] = {}
     for entry in header["kernels"]:
-        does = _KINDS[entry["kind"]](**{k: _tuples(v) for k, v in entry["does"].items()})
-        tile = ConvTile(**entry["tile"]) if entry["tile"] else None
+        does, tile = _restored(entry["does"]), _restored(entry["tile"])
         kernels.append(Kernel(does, machine, tile))
         binary = data[at : at + entry["object"]]
         at += entry["object"]
@@ -194,6 +194,22 @@ def _schedule(header: dict[str, Any], kernels: list[Kernel]) -> Schedule:
         [buffer for buffer in outputs if buffer],
         [_tuples(shape) for shape in header["shapes"]],
     )
+
+
+def _described(value: Any) -> Any:
+    """A description as JSON, its kind beside its fields."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind of": type(value).__name__, **fields}
+    return [_described(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    """The inverse of `_described`."""
+    if isinstance(value, dict):
+        kind = _KINDS[value["kind of"]]
+        return kind(**{k: _restored(v) for k, v in value.items() if k != "kind of"})
+    return tuple(_restored(v) for v in value) if isinstance(value, list) else value
 
 
 def _no_recipe() -> torch.Tensor:

@@ -2,10 +2,9 @@
 
     for each task (rows × blocks of columns × groups × panels):
       for each panel of output channels, for each row, for each block of pixels:
-        accumulators = bias
         for each tap inside the image, for each input channel:
           accumulators += input pixels (broadcast) × weights (vectors)
-        output = epilogue(accumulators, extras)
+        output = epilogue(accumulators + bias, extras)
 
 Pixels × vectors of the block are the tile; all its accumulators live in registers. A pointwise
 convolution over dense memory is one row of N·H·W pixels.
@@ -13,7 +12,7 @@ convolution over dense memory is one row of N·H·W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from .expression import Expression
 from .tiling import Run, even_sizes, vector_panels, window_runs
 
 _UNROLL = 256  # multiply-adds of straight-line code per channel loop, at most about
+_CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,26 @@ def pack(
 
 def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
     """Generate the kernel; its arguments are input, weights, bias, extras and output."""
-    return _Emitter(conv, tile, machine).text
+    b = Builder(machine, 4 + len(conv.extra_strides))
+    define(conv, tile, b)
+    return b.finish()
+
+
+def define(conv: Conv, tile: ConvTile, b: Builder, by_pixel: bool = False) -> None:
+    """Write the kernel into `b`.
+
+    Args:
+        conv: the convolution.
+        tile: how it is cut.
+        b: a function with the kernel's arguments.
+        by_pixel: let each pixel be a task, of a pointwise convolution that is one row. At least
+            `tile.pixels` must be run at once; the last block may overlap the one before.
+    """
+    emitter = _Emitter(conv, tile, b)
+    if by_pixel:
+        emitter.pixels()
+    else:
+        b.loop(b.begin, b.end, emitter.task)
 
 
 @dataclass(frozen=True)
@@ -160,12 +179,11 @@ class _Panel:
 
 
 class _Emitter:
-    def __init__(self, conv: Conv, tile: ConvTile, machine: Machine) -> None:
-        self.conv, self.tile, self.machine = conv, tile, machine
-        self.b = b = Builder(machine, 4 + len(conv.extra_strides))
+    def __init__(self, conv: Conv, tile: ConvTile, b: Builder) -> None:
+        self.conv, self.tile, self.b = conv, tile, b
         self.x, self.w, self.bias, *self.extras, self.y = b.pointers
         inputs, outputs = conv.channels
-        self.padded = -(-outputs // machine.width) * machine.width
+        self.padded = -(-outputs // b.width) * b.width
         kw, dilation = conv.kernel[1], conv.dilation[1]
         self.runs = window_runs(
             conv.size[1],
@@ -178,9 +196,7 @@ class _Emitter:
         )
         # Taps of a row that lie behind one another in memory are one longer row of channels.
         self.joined = conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and dilation == 1
-        self.panels = vector_panels(outputs, machine.width, tile.vectors)
-        b.loop(b.begin, b.end, self.task)
-        self.text = b.finish()
+        self.panels = vector_panels(outputs, b.width, tile.vectors)
 
     def task(self, t: Index) -> None:
         b, conv, tile = self.b, self.conv, self.tile
@@ -189,30 +205,53 @@ class _Emitter:
         last_row = b.minimum(b.add(first_row, tile.rows), conv.batch * conv.size[0])
         first_block = b.mul(columns, tile.blocks)
         last_block = b.add(first_block, tile.blocks)
-        inputs, outputs = conv.channels
-        x = b.at(self.x, b.mul(group, inputs * conv.x_strides[3]))
+        x = b.at(self.x, b.mul(group, conv.channels[0] * conv.x_strides[3]))
+
+        def panel(panel: _Panel) -> None:
+            def row(r: Index) -> None:
+                for run in self.runs:
+                    self.row_of_blocks(run, r, first_block, last_block, x, panel)
+
+            b.loop(first_row, last_row, row)
+
+        self.each_panel(group, share, panel)
+
+    def pixels(self) -> None:
+        b, size = self.b, self.tile.pixels
+        run = Run(0, 1, 0, size, ((0, size),))
+        blocks = b.divmod(b.add(b.add(b.end, size - 1), b.mul(b.begin, -1)), size)[0]
+
+        def panel(panel: _Panel) -> None:
+            def block(number: Index) -> None:
+                column = b.add(b.begin, b.mul(number, size))
+                position = (0, 0, b.minimum(column, b.add(b.end, -size)))
+                self.epilogue(run, position, self.taps(run, position, self.x, panel), panel)
+
+            b.loop(0, blocks, block)
+
+        self.each_panel(0, 0, panel)
+
+    def each_panel(self, group: Index, share: Index, body: Callable[[_Panel], None]) -> None:
+        """Emit `body` for all panels of a group that belong to one share."""
+        b, conv = self.b, self.conv
         w = b.at(self.w, b.mul(group, self.padded * conv.depth))
-        out_channel = b.mul(group, outputs)
+        out_channel = b.mul(group, conv.channels[1])
 
         def panel_run(first: int, count: int, vectors: int, tail: int) -> None:
             low, high = self._share(share, first, count, vectors)
 
             def one(p: Index) -> None:
                 vector = b.add(first, b.mul(p, vectors))
-                lane = b.mul(vector, self.machine.width)
-                panel = _Panel(
-                    weights=b.at(w, b.mul(lane, conv.depth)),
-                    bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
-                    channel=b.add(out_channel, lane),
-                    vectors=vectors,
-                    tail=tail,
+                lane = b.mul(vector, b.width)
+                body(
+                    _Panel(
+                        weights=b.at(w, b.mul(lane, conv.depth)),
+                        bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
+                        channel=b.add(out_channel, lane),
+                        vectors=vectors,
+                        tail=tail,
+                    )
                 )
-
-                def row(r: Index) -> None:
-                    for run in self.runs:
-                        self.row_of_blocks(run, r, first_block, last_block, x, panel)
-
-                b.loop(first_row, last_row, row)
 
             b.loop(low, high, one)
 
@@ -224,7 +263,7 @@ class _Emitter:
         if self.tile.panels == 1:
             return 0, count
         b = self.b
-        total = self.padded // self.machine.width
+        total = self.padded // b.width
 
         def bound(s: Index) -> Index:
             # ceil((s × total / panels - first) / vectors), clipped to the run
@@ -277,7 +316,6 @@ class _Emitter:
         top = b.add(b.mul(row, conv.stride[0]), -conv.padding[0])
         corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
         lanes = panel.vectors * b.width
-        start = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
 
         def line(ky: Index, *sums: Value) -> list[Value]:
             y = b.add(top, b.mul(ky, conv.dilation[0]))
@@ -300,7 +338,11 @@ class _Emitter:
                 )
             return result
 
-        return b.loop(*self._rows_inside(top), line, start * run.size)
+        zeros = [b.zero()] * (run.size * panel.vectors)
+        sums = b.loop(*self._rows_inside(top), line, zeros)
+        # Last, as torch does: on top of a large bias, each product would be rounded to its size.
+        bias = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
+        return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]
 
     def _rows_inside(self, top: Index) -> tuple[Index, Index]:
         """The taps `low <= ky < high` whose input row is inside the image."""
@@ -331,32 +373,48 @@ class _Emitter:
         if low == high:
             return sums
         pixel, step = conv.stride[1] * conv.x_strides[2], conv.x_strides[3]
+        lanes = vectors * b.width
 
-        def product(k: Index, ahead: int, sums: list[Value]) -> list[Value]:
-            source = b.at(x, b.mul(k, step), ahead * step)
-            weights = b.at(w, b.mul(k, vectors * b.width), ahead * vectors * b.width)
-            columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
+        def product(x: Value, w: Value, sums: list[Value]) -> list[Value]:
+            columns = [b.load(b.at(w, v * b.width)) for v in range(vectors)]
             result = list(sums)
             for i in range(low, high):
-                value = b.broadcast(b.load_scalar(b.at(source, i * pixel)))
+                value = b.broadcast(b.load_scalar(b.at(x, i * pixel)))
                 for v, column in enumerate(columns):
                     at = i * vectors + v
                     result[at] = b.fma(value, column, sums[at])
             return result
 
-        def products(k: Index, *sums: Value) -> list[Value]:
-            result = list(sums)
-            for ahead in range(unroll):
-                result = product(k, ahead, result)
-            return result
+        def chain(start: Index, length: int, sums: list[Value]) -> list[Value]:
+            first, weights = b.at(x, b.mul(start, step)), b.at(w, b.mul(start, lanes))
+
+            def products(k: Index, *sums: Value) -> list[Value]:
+                source, columns = b.at(first, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
+                result = list(sums)
+                for ahead in range(unroll):
+                    result = product(
+                        b.at(source, ahead * step), b.at(columns, ahead * lanes), result
+                    )
+                return result
+
+            whole = length - length % unroll
+            sums = b.loop(0, whole, products, sums, step=unroll)
+            for k in range(whole, length):
+                sums = product(b.at(first, k * step), b.at(weights, k * lanes), sums)
+            return sums
+
+        def part(number: Index, *sums: Value) -> list[Value]:
+            partial = chain(b.mul(number, length), length, [b.zero()] * len(sums))
+            return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
         cost = (high - low) * vectors
         unroll = depth if depth * cost <= _UNROLL else min(4, max(1, _UNROLL // cost))
-        whole = depth - depth % unroll
-        sums = b.loop(0, whole, products, sums, step=unroll)
-        for k in range(whole, depth):
-            sums = product(0, k, sums)
-        return sums
+        if conv.depth <= _CHAIN:
+            return chain(0, depth, sums)
+        parts = -(-depth // _CHAIN)
+        length = depth // parts // unroll * unroll
+        sums = b.loop(0, parts, part, sums)
+        return chain(parts * length, depth - parts * length, sums)
 
     def epilogue(
         self,

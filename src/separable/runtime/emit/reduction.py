@@ -23,6 +23,7 @@ from .elementwise import load_strided, store_strided
 from .expression import Expression
 
 _VECTORS = 4  # channel vectors summed side by side
+_CHAIN = 16  # values added up in one go; rounding errors grow with the root of the length
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,13 @@ def emit_mean(mean: Mean, machine: Machine) -> str:
         start = b.at(x, b.add(b.dot(place, mean.x_kept[:-1]), c))
 
         def total(axis: int, pointer: Value) -> list[Value]:
-            # A fresh sum per axis keeps the rounding error that of a few short sums.
             if axis == len(mean.reduced):
                 return [b.load(b.at(pointer, v * b.width), n) for v, n in enumerate(lanes)]
 
-            def turn(i: Index, *sums: Value) -> list[Value]:
-                inner = total(axis + 1, b.at(pointer, b.mul(i, mean.x_reduced[axis])))
-                return [b.ir.fadd(s, t) for s, t in zip(sums, inner, strict=True)]
+            def turn(i: Index) -> list[Value]:
+                return total(axis + 1, b.at(pointer, b.mul(i, mean.x_reduced[axis])))
 
-            return b.loop(0, mean.reduced[axis], turn, [b.zero()] * len(lanes))
+            return _sum(b, mean.reduced[axis], turn, len(lanes))
 
         for v, (value, n) in enumerate(zip(total(0, start), lanes, strict=True)):
             at = b.add(c, v * b.width)
@@ -152,6 +151,28 @@ def emit_mean(mean: Mean, machine: Machine) -> str:
     return b.finish()
 
 
+def _sum(b: Builder, count: int, turn: Callable[[Index], list[Value]], sums: int) -> list[Value]:
+    """Add up the `sums` vectors of `turn(i)` for `0 <= i < count`, as a tree of short sums."""
+
+    def add(totals: Sequence[Value], values: Sequence[Value]) -> list[Value]:
+        return [b.ir.fadd(t, v) for t, v in zip(totals, values, strict=True)]
+
+    def total(start: Index, count: int) -> list[Value]:
+        zeros = [b.zero()] * sums
+        if count <= _CHAIN:
+            return b.loop(0, count, lambda i, *t: add(t, turn(b.add(start, i))), zeros)
+        block = _CHAIN
+        while block * _CHAIN < count:
+            block *= _CHAIN
+        whole, rest = divmod(count, block)
+        totals = b.loop(
+            0, whole, lambda k, *t: add(t, total(b.add(start, b.mul(k, block)), block)), zeros
+        )
+        return add(totals, total(b.add(start, whole * block), rest)) if rest else totals
+
+    return total(0, count)
+
+
 def emit_rows(rows: Rows, machine: Machine) -> str:
     """Generate the kernel; its arguments are input, extras and output."""
     b = Builder(machine, 2 + len(rows.extra_strides))
@@ -170,10 +191,15 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
         def combine(a: Value, c: Value) -> Value:
             return b.ir.fadd(a, c) if kind == "add" else b.intrinsic("maximum", a, c)
 
-        def turn(i: Index, total: Value) -> list[Value]:
-            return [combine(total, value(b.load(b.at(pointer, i)), i, b.width))]
+        def vector(i: Index) -> Value:
+            return value(b.load(b.at(pointer, i)), i, b.width)
 
-        (total,) = b.loop(0, whole, turn, [b.constant(start)], step=b.width)
+        if kind == "add":
+            (total,) = _sum(b, whole // b.width, lambda i: [vector(b.mul(i, b.width))], 1)
+        else:
+            (total,) = b.loop(
+                0, whole, lambda i, t: [combine(t, vector(i))], [b.constant(start)], step=b.width
+            )
         if whole < length:
             n = length - whole
             last = value(b.load(b.at(pointer, whole), n), whole, n)
