@@ -29,6 +29,7 @@ def test_public_names():
         "cost",
         "count",
         "crosscheck",
+        "export",
         "finetune",
         "load",
         "load_compiled",

@@ -23,6 +23,7 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "export": "exporting",
     "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
@@ -49,6 +50,7 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "export",
     "finetune",
     "load",
     "load_compiled",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .exporting import export
     from .reporting import report
     from .runtime import compile, load_compiled
     from .training import finetune, train

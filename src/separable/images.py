@@ -72,6 +72,7 @@ def standardise(mean: Sequence[float], std: Sequence[float], channels: int) -> l
 
 
 def read_images(
+    option: str,
     folder: Path,
     input_size: tuple[int, ...],
     mean: Sequence[float],
@@ -79,11 +80,12 @@ def read_images(
     most: int,
     seed: int,
 ) -> Tensor:
-    """Read, resize, crop and standardise images to calibrate on.
+    """Read, resize, crop and standardise images.
 
     Images that can't be read are skipped, counted and named on stderr.
 
     Args:
+        option: that names the folder, for errors.
         folder: searched with its subfolders.
         input_size: a batch's shape; of its channels 1 is grey and 3 colour, and the last two are
             the height and width of the centre crop.
@@ -102,7 +104,7 @@ def read_images(
     """
     import torch
 
-    reader = _Reader("--calibration", folder, input_size, mean, std)
+    reader = _Reader(option, folder, input_size, mean, std)
     paths = find_images(folder)
     random.Random(seed).shuffle(paths)
     return torch.stack([image for image, _ in reader.read(paths[: 2 * most], most)])

@@ -133,7 +133,7 @@ def test_what_is_read_twice_is_stored() -> None:
 
 
 def test_fused_intermediates_take_no_memory() -> None:
-    block = InvertedResidual(24, 24, 3, 1, gate=False).eval()
+    block = InvertedResidual(24, 20, 3, 1, gate=False).eval()
     x = torch.randn(1, 24, 96, 96)
     apart = separable.compile(block, x, threads=1, fuse=False)
     fused = separable.compile(block, x, threads=1)

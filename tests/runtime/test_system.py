@@ -1,10 +1,9 @@
-"""Around the kernels: the object cache, files, torch.compile, explain, fork, the arena."""
+"""Around the kernels: torch.compile, explain, benchmarks, fork, the arena."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -20,12 +19,8 @@ import separable
 from separable.runtime import jit
 from separable.runtime.benchmarking import benchmark
 from separable.runtime.dynamo import GraphRunner, backend
-from separable.runtime.emit.elementwise import Map
-from separable.runtime.emit.kernel import Kernel
 from separable.runtime.machine import host
 from separable.runtime.memory import Buffer, plan_arena
-
-from .kernels import run
 
 
 def network() -> nn.Sequential:
@@ -41,92 +36,9 @@ def network() -> nn.Sequential:
     ).eval()
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    kernel = Kernel(Map((37,), ((1,),), (1,), ("mul", ("x", 0), 2.0)), host())
-    return run(kernel, [x], 37)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SEPARABLE_CACHE_DIR", str(tmp_path))
-    jit._LOADED.clear()
-    return tmp_path / "kernels"
-
-
-def test_cache_keeps_and_rebuilds(cache: Path) -> None:
-    x = torch.randn(37)
-    assert torch.equal(double(x), 2 * x)
-    (entry,) = cache.iterdir()
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    good = entry.read_bytes()
-    for bad in (good[:-1], b"", good[:40] + bytes([good[40] ^ 1]) + good[41:]):
-        entry.write_bytes(bad)
-        jit._LOADED.clear()
-        assert torch.equal(double(x), 2 * x)
-        assert entry.read_bytes() == good
-    assert [file.name for file in cache.iterdir()] == [entry.name]
-
-
-def test_cache_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(37)
-    double(x)
-    jit._LOADED.clear()
-    monkeypatch.setattr(jit, "emit_object", lambda *_: pytest.fail("compiled again"))
-    assert torch.equal(double(x), 2 * x)
-
-
-def test_cache_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEPARABLE_CACHE", "0")
-    double(torch.randn(37))
-    assert not cache.exists()
-
-
-def test_cache_folder_open_to_others_is_closed(cache: Path) -> None:
-    cache.mkdir(parents=True)
-    cache.chmod(0o777)
-    double(torch.randn(37))
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-
-
 def test_broken_ir_raises() -> None:
     with pytest.raises(RuntimeError):
         jit.compile_ir("define void @kernel() { ret i32 0 }", host())
-
-
-@pytest.mark.parametrize("same_cpu", [True, False])
-def test_files(tmp_path: Path, same_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network(), torch.randn(2, 3, 20, 20)
-    compiled = separable.compile(model, x, threads=2)
-    file = tmp_path / "model.bin"
-    compiled.save(file)
-    if not same_cpu:
-        monkeypatch.setattr(jit, "load_object", lambda *_: pytest.fail("used foreign code"))
-        monkeypatch.setattr("separable.runtime.files._signed", lambda *_: False)
-    else:
-        monkeypatch.setattr(jit, "emit_object", lambda *_: pytest.fail("compiled again"))
-    loaded = separable.load_compiled(file)
-    assert torch.equal(loaded(x), compiled(x))
-    with pytest.raises(ValueError, match="argument 0"):
-        loaded(x[:1])
-    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
-
-
-def test_damaged_files(tmp_path: Path) -> None:
-    file = tmp_path / "model.bin"
-    separable.compile(network(), torch.randn(1, 3, 9, 9), threads=1).save(file)
-    data = file.read_bytes()
-    for damage in (data[:-1], data[:100], data[:5000] + b"!" + data[5001:], b"", b"PK" + data):
-        file.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"damaged|not a compiled model"):
-            separable.load_compiled(file)
-
-
-def test_models_with_torch_parts_are_not_saved(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2)).eval()
-    compiled = separable.compile(model, torch.randn(1, 3, 5, 5))
-    with pytest.raises(ValueError, match="in torch"):
-        compiled.save(tmp_path / "model.bin")
-    assert not list(tmp_path.iterdir())
 
 
 def test_torch_compile() -> None:

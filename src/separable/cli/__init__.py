@@ -8,7 +8,17 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import completion, conversion, cost, demo, doctor, reporting, runtime, training
+from . import (
+    completion,
+    conversion,
+    cost,
+    demo,
+    doctor,
+    exporting,
+    reporting,
+    runtime,
+    training,
+)
 from .errors import Group
 
 __all__ = ["main"]
@@ -34,6 +44,7 @@ COMMANDS = (
     training.train,
     training.finetune,
     reporting.report,
+    exporting.export,
     demo.demo,
     doctor.doctor,
     completion.completion,

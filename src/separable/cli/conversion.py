@@ -39,7 +39,10 @@ FORMS = (
     help="File for the converted network, safetensors.",
 )
 @weights
-@photos
+@photos(
+    "--calibration",
+    "Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
+)
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
@@ -77,7 +80,7 @@ def convert(
     network = load(model, weights)
     inputs = None
     if calibration is not None:
-        inputs = read_images(calibration, input_size, mean, std, most, seed)
+        inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     options = {"forms": forms} if forms else {}
     converted = conversion.convert(
         network,

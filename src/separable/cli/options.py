@@ -86,23 +86,10 @@ def weights(function: Function) -> Function:
     )(function)
 
 
-def photos(function: Function) -> Function:
-    """Add `--calibration`, `--images`, `--mean` and `--std`: images to calibrate on."""
-    for option in (
-        click.option(
-            "--std",
-            type=numbers,
-            default=IMAGENET[1],
-            show_default=True,
-            help="What to divide them by.",
-        ),
-        click.option(
-            "--mean",
-            type=numbers,
-            default=IMAGENET[0],
-            show_default=True,
-            help="Of the channels, 0 to 1.",
-        ),
+def photos(flag: str, help: str) -> Callable[[Function], Function]:
+    """Add an option for a folder of images, and `--images`, `--mean` and `--std` to read them."""
+    options = (
+        click.option(flag, type=click.Path(path_type=Path, file_okay=False), help=help),
         click.option(
             "--images",
             "most",
@@ -112,14 +99,21 @@ def photos(function: Function) -> Function:
             help="Most images to take from the folder, at random.",
         ),
         click.option(
-            "--calibration",
-            type=click.Path(path_type=Path, file_okay=False),
-            help="Folder of images, searched with its subfolders. Without it the weights alone "
-            "are fitted.",
+            "--mean",
+            type=numbers,
+            default=IMAGENET[0],
+            show_default=True,
+            help="Of the channels, 0 to 1.",
         ),
-    ):
-        function = option(function)
-    return function
+        click.option(
+            "--std",
+            type=numbers,
+            default=IMAGENET[1],
+            show_default=True,
+            help="What to divide them by.",
+        ),
+    )
+    return lambda function: functools.reduce(lambda f, option: option(f), options[::-1], function)
 
 
 def output_folder_exists(out: Path) -> None:

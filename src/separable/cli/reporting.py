@@ -45,7 +45,10 @@ FORMATS = ("html", "json", "csv", "png", "svg")
     help="Folder with one subfolder of images per class, in the order of the classes: accuracy.",
 )
 @weights
-@photos
+@photos(
+    "--calibration",
+    "Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
+)
 @input_size
 @threads
 @click.option(
@@ -112,7 +115,7 @@ def report(
     network = load(model, weights)
     inputs = data = None
     if calibration is not None:
-        inputs = read_images(calibration, input_size, mean, std, most, seed)
+        inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     if labelled is not None:
         data = read_labelled(labelled, input_size, mean, std)
     quantity = "macs" if budget is None else budget.partition("=")[0]

@@ -6,8 +6,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..writing import whole_file
 from .applying import Report
 from .forms import Shape, random_factors, separated
 from .plans import Plan
@@ -61,20 +61,8 @@ def save(
         "report": json.dumps({k: v for k, v in dataclasses.asdict(report).items() if k != "plan"}),
         "aliases": json.dumps(aliases),
     }
-    with whole(path) as partial:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata)
-
-
-@contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what is written there gets its own once complete."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:

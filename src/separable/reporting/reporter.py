@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,12 +20,12 @@ from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
 from ..runtime import CompiledModel, compile
 from ..runtime import machine as machines
+from ..runtime.checking import TOLERANCE, deviation
 from ..runtime.explaining import Explanation
 from ..runtime.roofline import Peak
 from .findings import Findings, Machine, Network, Point
 from .wording import size
 
-TOLERANCE = 1e-3  # of the largest output, by which the runtime may differ from PyTorch
 KL = "mean KL divergence, nats"
 SQUARED = "relative squared error"
 
@@ -214,17 +213,6 @@ class _Contender:
             accuracy=self.accuracy,
             chosen=chosen,
         )
-
-
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """Largest difference of two tensors, relative to the largest magnitude expected."""
-    if found.shape != expected.shape or not found.isfinite().all():
-        return math.inf
-    if not expected.numel():
-        return 0.0
-    scale = expected.abs().max().item()
-    difference = (found - expected).abs().max().item()
-    return difference / scale if scale else difference
 
 
 def _next(bar: tqdm, what: str) -> None:

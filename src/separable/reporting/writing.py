@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..writing import whole_files
 from .layers import to_csv
 
 if TYPE_CHECKING:
@@ -64,22 +62,6 @@ def write(findings: Findings, path: Path, format: str | None = None) -> tuple[Pa
         for name, content in contents.items():
             partial[name].write_bytes(content)
     return tuple(contents)
-
-
-@contextmanager
-def whole_files(paths: Mapping[Path, object]) -> Iterator[dict[Path, Path]]:
-    """Give each path a temporary name, and rename all once the body is done.
-
-    Whatever the body raises, Ctrl-C included, leaves nothing behind.
-    """
-    partial = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in paths}
-    try:
-        yield partial
-        for path, temporary in partial.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
 
 
 def _text(findings: Findings, format: str) -> str:

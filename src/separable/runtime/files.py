@@ -2,9 +2,10 @@
 
     magic | header length | header (JSON) | weights | objects | SHA-256 of all before
 
-Nothing in a file is executed because it is there. Kernels are described, not stored, and are
-generated again on loading; the object code that spares this is only used if it carries a signature
-that this user made on this machine.
+Nothing in a file is executed because it is there. Kernels are described, not stored; descriptions
+are checked against their buffers, and code is generated from them again on loading. The object code
+that spares this is only used if it carries a signature, of it and of its description, that this
+user made on this machine.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +29,86 @@ from torch.utils import _pytree as pytree
 from . import jit
 from . import machine as machines
 from .compiled import CompiledModel
+from .emit import driver
 from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
-from .emit.resample import Resample
+from .emit.resample import ENTRY, Resample
 from .emit.window import Window
 from .execute import Program
 from .graph import Node
-from .memory import Buffer
+from .memory import Buffer, aligned
 from .steps import Schedule, Step
+from .validation import footprints, parsed
 
 _MAGIC = b"separable-runtime"
 _FORMAT = 2
 _DIGEST = hashlib.sha256
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (Conv, ConvTile, Window, Chain, ChainTile, Map, Mean, Rows, Resample)
+    kind.__name__: kind for kind in (Conv, Window, Map, Mean, Rows, Resample)
 }
-_MACHINE = ("isa", "width", "registers", "fma", "l1", "l2")
+_CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
+_MOST_THREADS = 1024
+_SECRET_BYTES = 32
+_Shape = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What `explain()` says of a step."""
+
+    name: str
+    kind: str
+    shape: _Shape
+    absorbed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A kernel and its arguments, each a buffer and an offset."""
+
+    kernel: int
+    arguments: tuple[tuple[int, int], ...]
+    layer: _Layer | None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says before its weights; kernels as `[kind, description, tile]` in JSON.
+
+    Attributes:
+        key: the machine whose code it holds.
+        isa: the instruction set that weights are packed for.
+        threads: of one call.
+        dynamic_batch: as in `compile`.
+        expected: shapes of the arguments.
+        shapes: of the results.
+        structures: of the arguments and of the results, in JSON.
+        buffers: kind, size and number of each.
+        constants: the buffers of weights, in the order they follow one another.
+        weights: bytes of weights.
+        kernels: each once.
+        objects: bytes of each kernel's object code.
+        signatures: of each kernel.
+        steps: in execution order.
+    """
+
+    key: str
+    isa: str
+    threads: int
+    dynamic_batch: bool
+    expected: tuple[_Shape, ...]
+    shapes: tuple[_Shape, ...]
+    structures: tuple[str, str]
+    buffers: tuple[tuple[str, int, int], ...]
+    constants: tuple[int, ...]
+    weights: int
+    kernels: tuple[str, ...]
+    objects: tuple[int, ...]
+    signatures: tuple[str, ...]
+    steps: tuple[_Step, ...]
 
 
 def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
@@ -55,7 +119,8 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
         path: of the file, replaced in one step if it exists.
 
     Raises:
-        ValueError: if a part of the model runs in torch.
+        ValueError: if a part of the model runs in torch, or its arguments or results are nested in
+            anything but tuples, lists and dictionaries.
     """
     program = model.program
     schedule = program.schedule
@@ -65,44 +130,45 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
             f"`model` runs {', '.join(torch_steps)} in torch and cannot be saved; "
             "save the original model instead"
         )
+    structures = tuple(pytree.treespec_dumps(spec) for spec in model.structures)
+    for text in structures:
+        _structure(text)
     kernels = list(program.objects)
     buffers = list(dict.fromkeys(buffer for s in schedule.steps for buffer, _ in s.arguments))
+    # Weights that no step reads still take their place among the others.
+    buffers += [b for b, _ in schedule.constants if b not in buffers]
     numbers = {buffer: i for i, buffer in enumerate(buffers)}
-    objects = list(program.objects.values())
+    texts, binaries = [_text(kernel) for kernel in kernels], list(program.objects.values())
     weights = program.weights.numpy().tobytes()
-    header = {
-        "format": _FORMAT,
-        "key": program.machine.key,
-        "machine": {name: getattr(program.machine, name) for name in _MACHINE},
-        "threads": program.threads,
-        "dynamic_batch": model.dynamic_batch,
-        "expected": model.expected,
-        "structures": [pytree.treespec_dumps(spec) for spec in model.structures],
-        "shapes": schedule.shapes,
-        "buffers": [[b.kind, b.size, b.number] for b in buffers],
-        "constants": [[numbers[b], b.size] for b, _ in schedule.constants if b in numbers],
-        "weights": len(weights),
-        "kernels": [
-            {
-                "does": _described(kernel.does),
-                "tile": _described(kernel.tile),
-                "object": len(binary),
-                "signature": _sign(binary),
-            }
-            for kernel, binary in program.objects.items()
-        ],
-        "steps": [
-            {
-                "kernel": kernels.index(s.kernel),
-                "arguments": [[numbers[buffer], offset] for buffer, offset in s.arguments],
-                "layer": s.node and [s.node.name, s.node.kind, s.node.shape, s.node.absorbed],
-            }
+    header = _Header(
+        key=program.machine.key,
+        isa=program.machine.isa,
+        threads=program.threads,
+        dynamic_batch=model.dynamic_batch,
+        expected=model.expected,
+        shapes=tuple(schedule.shapes),
+        structures=(structures[0], structures[1]),
+        buffers=tuple((b.kind, b.size, b.number) for b in buffers),
+        constants=tuple(numbers[b] for b, _ in schedule.constants),
+        weights=len(weights),
+        kernels=tuple(texts),
+        objects=tuple(map(len, binaries)),
+        signatures=tuple(
+            _sign(program.machine.key, text, binary)
+            for text, binary in zip(texts, binaries, strict=True)
+        ),
+        steps=tuple(
+            _Step(
+                kernels.index(s.kernel),
+                tuple((numbers[buffer], offset) for buffer, offset in s.arguments),
+                _layer(s.node),
+            )
             for s in schedule.steps
             if s.kernel
-        ],
-    }
-    text = json.dumps(header).encode()
-    data = b"".join([_MAGIC, struct.pack("<Q", len(text)), text, weights, *objects])
+        ),
+    )
+    content = json.dumps({"format": _FORMAT, "header": dataclasses.asdict(header)}).encode()
+    data = b"".join([_MAGIC, struct.pack("<Q", len(content)), content, weights, *binaries])
     target = Path(path)
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
@@ -119,105 +185,195 @@ def load_compiled(path: str | os.PathLike[str]) -> CompiledModel:
         path: of a file that `CompiledModel.save` wrote.
 
     Raises:
-        ValueError: if the file is damaged, foreign, or of another format.
+        ValueError: if the file is damaged, foreign, of another format, or describes a model whose
+            kernels would leave their buffers.
     """
     data = Path(path).read_bytes()
+    name = f"`path` (={os.fspath(path)!r})"
     start = len(_MAGIC) + 8
     end = len(data) - _DIGEST().digest_size
     if end < start or not data.startswith(_MAGIC):
-        raise ValueError(f"`path` (={os.fspath(path)!r}) is not a compiled model")
+        raise ValueError(f"{name} is not a compiled model")
     if _DIGEST(memoryview(data)[:end]).digest() != data[end:]:
-        raise ValueError(f"`path` (={os.fspath(path)!r}) is damaged; save the model again")
+        raise ValueError(f"{name} is damaged; save the model again")
     (length,) = struct.unpack_from("<Q", data, len(_MAGIC))
-    header = json.loads(data[start : start + length])
-    if header["format"] != _FORMAT:
-        raise ValueError(
-            f"`path` (={os.fspath(path)!r}) has format {header['format']}, this version reads "
-            f"{_FORMAT}; compile the model again"
-        )
-    machine = _machine(header)
-    at = start + length
-    weights = torch.frombuffer(bytearray(data[at : at + header["weights"]]), dtype=torch.float32)
-    at += header["weights"]
-    kernels: list[Kernel] = []
-    trusted: dict[Kernel, bytes] = {}
-    for entry in header["kernels"]:
-        does, tile = _restored(entry["does"]), _restored(entry["tile"])
-        kernels.append(Kernel(does, machine, tile))
-        binary = data[at : at + entry["object"]]
-        at += entry["object"]
-        if header["key"] == machine.key and _signed(binary, entry["signature"]):
-            trusted[kernels[-1]] = binary
-    program = Program(_schedule(header, kernels), machine, header["threads"], trusted)
-    program.adopt(weights)
-    expected = [_tuples(shape) for shape in header["expected"]]
-    structures = tuple(pytree.treespec_loads(text) for text in header["structures"])
-    return CompiledModel(
-        program, expected, (structures[0], structures[1]), None, header["dynamic_batch"]
+    try:
+        content = json.loads(data[start : start + length])
+        version = content["format"]
+        if version == _FORMAT:
+            header = parsed(_Header, content["header"])
+            return _model(header, data[start + length : end])
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, ArithmeticError) as error:
+        raise ValueError(f"{name} describes no valid model: {error}") from error
+    raise ValueError(
+        f"{name} has format {str(version)[:20]}, this version reads {_FORMAT}; "
+        "compile the model again"
     )
 
 
-def _machine(header: dict[str, Any]) -> machines.Machine:
-    """This CPU, with the vectors the weights were packed for."""
-    saved = header["machine"]
-    isa = saved["isa"]
-    here = machines.host(isa if isa in machines.available_isas() else None)
-    return dataclasses.replace(here, **(saved | {"fma": here.fma}))
+def _model(header: _Header, data: bytes) -> CompiledModel:
+    machine = machines.with_vectors_of(header.isa)
+    kernels = [_kernel(text, machine) for text in header.kernels]
+    schedule = _schedule(header, kernels)
+    structures = [_structure(text) for text in header.structures]
+    for structure, leaves in zip(structures, (header.expected, header.shapes), strict=True):
+        if structure.num_leaves != len(leaves):
+            raise ValueError("`structures` and the shapes differ in number")
+    if not 1 <= header.threads <= _MOST_THREADS:
+        raise ValueError(f"`threads` (={header.threads}) must be 1 to {_MOST_THREADS}")
+    if len(data) != header.weights + sum(header.objects):
+        raise ValueError("its weights or its code are cut off")
+    weights = torch.frombuffer(bytearray(data[: header.weights]), dtype=torch.float32)
+    trusted: dict[Kernel, bytes] = {}
+    at = header.weights
+    entries = zip(kernels, header.kernels, header.objects, header.signatures, strict=True)
+    for kernel, text, size, signature in entries:
+        binary = data[at : at + size]
+        at += size
+        if header.key == machine.key and _signed(machine.key, text, binary, signature):
+            trusted[kernel] = binary
+    _check_tables(schedule, weights)
+    program = Program(schedule, machine, header.threads, trusted)
+    program.adopt(weights)
+    return CompiledModel(
+        program, header.expected, (structures[0], structures[1]), None, header.dynamic_batch
+    )
 
 
-def _schedule(header: dict[str, Any], kernels: list[Kernel]) -> Schedule:
-    buffers = [Buffer(kind, size, number) for kind, size, number in header["buffers"]]
+def _layer(node: Node | None) -> _Layer | None:
+    if node is None:
+        return None
+    return _Layer(node.name, node.kind, node.shape, tuple(node.absorbed))
+
+
+def _node(layer: _Layer | None) -> Node | None:
+    if layer is None:
+        return None
+    return Node(layer.kind, layer.shape, name=layer.name, absorbed=list(layer.absorbed))
+
+
+def _text(kernel: Kernel) -> str:
+    tile = kernel.tile and dataclasses.asdict(kernel.tile)
+    stages = kernel.does.stages if isinstance(kernel.does, Chain) else [kernel.does]
+    described = [(type(stage).__name__, dataclasses.asdict(stage)) for stage in stages]
+    return json.dumps([described, tile])
+
+
+def _kernel(text: str, machine: machines.Machine) -> Kernel:
+    described, tile = json.loads(text)
+    stages = [parsed(_KINDS[kind], stage) for kind, stage in described]
+    if len(stages) > 1:
+        return Kernel(Chain(tuple(stages)), machine, parsed(ChainTile, tile))
+    return Kernel(stages[0], machine, None if tile is None else parsed(ConvTile, tile))
+
+
+def _structure(text: str) -> pytree.TreeSpec:
+    """A nesting of tuples, lists and dictionaries; torch's own reader imports what a file names."""
+
+    def check(node: Any) -> None:
+        keys = json.loads(node["context"] or "null")
+        if node["type"] not in _CONTAINERS or not (
+            keys is None or all(isinstance(key, str | int) for key in keys)
+        ):
+            raise ValueError(
+                f"`structures` has a {node['type']!r}; only tuples, lists and dictionaries "
+                "can be saved"
+            )
+        for child in node["children_spec"]:
+            check(child)
+
+    check(json.loads(text)[1])
+    return pytree.treespec_loads(text)
+
+
+def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
+    """The steps, every argument of which lies inside its buffer."""
+    buffers = [Buffer(kind, size, number) for kind, size, number in header.buffers]
+    shapes = {"input": header.expected, "output": header.shapes}
+    constants = [buffers[i] for i in header.constants]
+    for buffer in buffers:
+        if buffer.kind in shapes:
+            shape = shapes[buffer.kind][buffer.number]
+            if shape is None or math.prod(shape) != buffer.size:
+                raise ValueError(f"{buffer.kind} {buffer.number} has another size than its buffer")
+        elif buffer.kind not in ("arena", "constant", "scratch"):
+            raise ValueError(f"buffer of unknown kind {buffer.kind!r}")
+        if (buffer.kind == "constant") != (buffer in constants):
+            raise ValueError("`constants` are not the buffers of weights")
+    if len(set(constants)) != len(constants):
+        raise ValueError("`constants` names a buffer twice")
+    batched = [*header.expected, *header.shapes]
+    if header.dynamic_batch and not all(shape and shape[0] == 1 for shape in batched):
+        raise ValueError("with `dynamic_batch`, arguments and results are those of one sample")
+    lengths = [footprints(kernel) for kernel in kernels]
     steps = []
-    for entry in header["steps"]:
-        node = None
-        if entry["layer"]:
-            name, kind, shape, absorbed = entry["layer"]
-            node = Node(kind, _tuples(shape), name=name, absorbed=absorbed)
-        arguments = [(buffers[number], offset) for number, offset in entry["arguments"]]
-        if any(not 0 <= offset < buffer.size for buffer, offset in arguments):
-            raise ValueError("the file describes an operand outside its buffer")
-        steps.append(Step(node, arguments, kernels[entry["kernel"]]))
+    for entry in header.steps:
+        arguments = [(buffers[number], offset) for number, offset in entry.arguments]
+        needs = lengths[entry.kernel]
+        if len(needs) != len(arguments) or len(needs) > driver.MOST_ARGUMENTS:
+            raise ValueError(f"a kernel of {len(needs)} arguments has {len(arguments)}")
+        for (buffer, offset), need in zip(arguments, needs, strict=True):
+            if offset + need > buffer.size:
+                raise ValueError(
+                    f"a kernel needs floats {offset} to {offset + need} of a buffer of "
+                    f"{buffer.size}"
+                )
+        if arguments[-1][0].kind not in ("arena", "output"):
+            raise ValueError("a kernel writes into weights or arguments")
+        passing = [i for i, (buffer, _) in enumerate(arguments) if buffer.kind == "scratch"]
+        if passing != ([len(arguments) - 2] if _is_chain(kernels[entry.kernel]) else []):
+            raise ValueError("buffers between stages belong to chains, and chains have one")
+        steps.append(Step(_node(entry.layer), arguments, kernels[entry.kernel]))
 
-    def find(kind: str, number: int, shape: Any) -> Buffer | None:
-        if shape is None:
-            return None
-        found = (b for b in buffers if (b.kind, b.number) == (kind, number))
-        return next(found, Buffer(kind, torch.Size(shape).numel(), number))
+    written = {
+        step.arguments[-1][0].number for step in steps if step.arguments[-1][0].kind == "output"
+    }
+    if written != set(range(len(header.shapes))):
+        raise ValueError("a result is computed by no kernel")
 
-    inputs = [find("input", i, shape) for i, shape in enumerate(header["expected"])]
-    outputs = [find("output", i, shape) for i, shape in enumerate(header["shapes"])]
+    def whole(kind: str, number: int, shape: _Shape) -> Buffer | None:
+        return None if shape is None else Buffer(kind, math.prod(shape), number)
+
+    outputs = [whole("output", i, shape) for i, shape in enumerate(header.shapes)]
     return Schedule(
         steps,
-        [(buffers[number], _no_recipe) for number, _ in header["constants"]],
+        [(constant, _no_recipe) for constant in constants],
         [],
-        inputs,
-        [buffer for buffer in outputs if buffer],
-        [_tuples(shape) for shape in header["shapes"]],
+        [whole("input", i, shape) for i, shape in enumerate(header.expected)],
+        [output for output in outputs if output],
+        list(header.shapes),
     )
 
 
-def _described(value: Any) -> Any:
-    """A description as JSON, its kind beside its fields."""
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind of": type(value).__name__, **fields}
-    return [_described(v) for v in value] if isinstance(value, tuple) else value
+def _is_chain(kernel: Kernel) -> bool:
+    return isinstance(kernel.does, Chain)
 
 
-def _restored(value: Any) -> Any:
-    """The inverse of `_described`."""
-    if isinstance(value, dict):
-        kind = _KINDS[value["kind of"]]
-        return kind(**{k: _restored(v) for k, v in value.items() if k != "kind of"})
-    return tuple(_restored(v) for v in value) if isinstance(value, list) else value
+def _check_tables(schedule: Schedule, weights: torch.Tensor) -> None:
+    """The neighbours in tables of resampling are read by kernels as they are."""
+    starts: dict[Buffer, int] = {}
+    at = 0
+    for buffer, _ in schedule.constants:
+        starts[buffer] = at
+        at += aligned(buffer.size)
+    if max(at, 1) != weights.numel():
+        raise ValueError(f"it has {weights.numel()} weights, its buffers take {at}")
+    for step in schedule.steps:
+        does = step.kernel and step.kernel.does
+        if not isinstance(does, Resample):
+            continue
+        buffer, offset = step.arguments[1]
+        if buffer not in starts:
+            raise ValueError("the table of a resampling is no constant")
+        start = starts[buffer] + offset
+        table = weights[start : start + sum(does.size) * ENTRY].view(-1, ENTRY)[:, :2]
+        for part, inside in zip(table.split(list(does.size)), does.in_size, strict=True):
+            if not bool(((part >= 0) & (part < inside)).all()):
+                raise ValueError("the table of a resampling leads outside its image")
 
 
 def _no_recipe() -> torch.Tensor:
     raise RuntimeError("a loaded model has its weights packed already")
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _secret(create: bool) -> bytes | None:
@@ -230,19 +386,21 @@ def _secret(create: bool) -> bytes | None:
         if create and not file.exists():
             descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(secrets.token_bytes(32))
+                stream.write(secrets.token_bytes(_SECRET_BYTES))
         return file.read_bytes()
     except OSError:
         return None
 
 
-def _sign(binary: bytes) -> str:
-    secret = _secret(create=True)
-    return hmac.new(secret, binary, "sha256").hexdigest() if secret else ""
+def _sign(key: str, text: str, binary: bytes, create: bool = True) -> str:
+    """What vouches for this being the code of this kernel on this machine; empty without a key."""
+    secret = _secret(create)
+    if secret is None or len(secret) != _SECRET_BYTES:
+        return ""
+    message = json.dumps([jit.FORMAT, key, text]).encode() + b"\0" + binary
+    return hmac.new(secret, message, "sha256").hexdigest()
 
 
-def _signed(binary: bytes, signature: str) -> bool:
-    secret = _secret(create=False)
-    if not secret or len(secret) != 32:
-        return False
-    return hmac.compare_digest(hmac.new(secret, binary, "sha256").hexdigest(), signature)
+def _signed(key: str, text: str, binary: bytes, signature: str) -> bool:
+    expected = _sign(key, text, binary, create=False)
+    return bool(expected) and hmac.compare_digest(expected.encode(), signature.encode())

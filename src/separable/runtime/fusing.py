@@ -42,16 +42,7 @@ def fuse_chains(steps: Sequence[Step], machine: Machine, threads: int) -> list[S
         machine: the CPU they run on.
         threads: of one call.
     """
-    readers = _readers(steps)
-    led = set(readers.values())
-    result: dict[Step, None] = {}
-    for step in steps:
-        if step in led:
-            continue
-        path = [step]
-        while path[-1] in readers:
-            path.append(readers[path[-1]])
-        result.update(dict.fromkeys(_best_cut(path, machine, threads)))
+    result = [step for path in paths(steps) for step in _best_cut(path, machine, threads)]
     position = {step: i for i, step in enumerate(steps)}
     # A chain runs where its last stage did: all that it reads is there by then.
     return sorted(result, key=lambda step: position[step.replaces[-1] if step.replaces else step])
@@ -88,6 +79,20 @@ def _option(steps: list[Step], machine: Machine, threads: int) -> tuple[float, S
 
 
 # -- chains out of steps ---------------------------------------------------------------------------
+
+
+def paths(steps: Sequence[Step]) -> list[list[Step]]:
+    """All steps, in runs in which each one's result is read by the next one alone."""
+    readers = _readers(steps)
+    led = set(readers.values())
+    result = []
+    for step in steps:
+        if step not in led:
+            path = [step]
+            while path[-1] in readers:
+                path.append(readers[path[-1]])
+            result.append(path)
+    return result
 
 
 def _readers(steps: Sequence[Step]) -> dict[Step, Step]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -113,6 +113,19 @@ def host(isa: str | None = None) -> Machine:
         l1=_cache_bytes(1, 32 << 10),
         l2=_cache_bytes(2, 512 << 10),
     )
+
+
+def with_vectors_of(isa: str) -> Machine:
+    """This CPU, with the vectors of another one that weights were packed for.
+
+    Raises:
+        ValueError: if there is no such instruction set.
+    """
+    if isa not in _ISAS:
+        raise ValueError(f"`isa` (={isa!r}) must be one of {', '.join(_ISAS)}")
+    width, registers, *_ = _ISAS[isa]
+    here = host(isa if isa in available_isas() else None)
+    return replace(here, isa=isa, width=width, registers=registers)
 
 
 def cores() -> int:

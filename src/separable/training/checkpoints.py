@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..conversion import Report, save
-from ..conversion.files import whole
+from ..writing import whole_file
 
 LAST, BEST = "last", "best"
 _PREFIX = "network."
@@ -30,7 +30,7 @@ def write_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path)
         return
     # tied weights are written twice, for safetensors stores no views
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    with whole(path) as partial:
+    with whole_file(path) as partial:
         save_file(tensors, partial)
 
 
@@ -59,7 +59,7 @@ class Checkpoints(TorchCheckpointIO):
             if name.startswith(_PREFIX)
         }
         write_weights(self.network, weights, path.with_suffix(".safetensors"))
-        with whole(path) as partial, partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

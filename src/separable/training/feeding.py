@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -35,11 +36,6 @@ class Feeding(LightningDataModule):
             held = round(recipe.validation * len(indices))
             indices = permutation(len(indices), recipe.seed, SPLIT)
         self.held, self.trained_on = indices[:held], indices[held:].sort().values
-
-    @property
-    def validates(self) -> bool:
-        """Whether there is anything to validate on."""
-        return self.source.validation is not None or len(self.held) > 0
 
     @property
     def batch_size(self) -> int:
@@ -72,9 +68,7 @@ class Feeding(LightningDataModule):
         return Resumable(self._loader(drawn, order), self.recipe.seed)
 
     def val_dataloader(self) -> Any:
-        """The validation part's batches; none where nothing is held out."""
-        if not self.validates:
-            return []
+        """The validation part's batches."""
         assert self.trainer is not None
         dataset, indices = self.source.train, self.held
         if self.source.validation is not None:
@@ -128,7 +122,16 @@ class Given(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The validation loader."""
-        return [] if self.validation is None else self.validation
+        return self.validation
+
+
+def validates(module: LightningDataModule) -> bool:
+    """Whether a data module has anything to validate on."""
+    if isinstance(module, Feeding):
+        return module.source.validation is not None or len(module.held) > 0
+    if isinstance(module, Given):
+        return module.validation is not None
+    return is_overridden("val_dataloader", module)
 
 
 def resumable(module: LightningDataModule, recipe: Recipe, labels: bool) -> LightningDataModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,10 @@ class Learning(LightningModule):
             for name, parameter in self.named_parameters()
         )
         optimizer = optimizer_of(named, self.plain, self.recipe)
-        steps = int(self.trainer.estimated_stepping_batches)
+        # Lightning's own estimate would set the loader up before a checkpoint's state is there
+        feeding: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = len(feeding.train_dataloader())
+        steps = self.recipe.epochs * math.ceil(batches / self.recipe.accumulate)
         scheduler = schedule_of(optimizer, steps, self.recipe)
         return {
             "optimizer": optimizer,

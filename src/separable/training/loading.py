@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 # what the draws are for; the first entry of each key, so that no two purposes share a stream
-ORDER, AUGMENTATION, STEP, SPLIT, FETCH = range(5)
+ORDER, AUGMENTATION, STEP, SPLIT, FETCH, WEIGHTS = range(6)
 
 
 def seed_of(*key: int) -> int:
     """Return 63 bits that are a function of the whole numbers given."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # its length too, for zeros at the end would not count
+    return int(
+        np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 @contextmanager

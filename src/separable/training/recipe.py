@@ -79,7 +79,9 @@ class Recipe:
     validation: float = _field(
         0.1, "Share held out, drawn at random, where the data has no part for it.", 0, 0.9
     )
-    seed: int = _field(0, "Of the order of the data, its augmentation and dropout.", 0)
+    seed: int = _field(
+        0, "Of a named network's first weights, the data's order and changes, and dropout.", 0
+    )
     precision: str = _field("32-true", "As Lightning names it, as in bf16-mixed.")
     compile: bool = _field(False, "Compile the network with torch.compile.")
     channels_last: bool = _field(True, "Keep images in memory channels last.")

@@ -20,8 +20,8 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import Profiler
 
-from ..conversion.files import whole
 from ..cost.measuring import device_name, versions_of
+from ..writing import whole_file
 from .recipe import Recipe
 
 CONFIG, METRICS, ENVIRONMENT, CURVES = (
@@ -63,7 +63,7 @@ class Waiting(Profiler):
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with whole(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -171,11 +171,11 @@ def draw_curves(folder: Path) -> None:
     ):
         for name, colour in zip(names, COLOURS, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            mark = "o" if len(points) < 2 else ""
-            axes.plot(*zip(*points, strict=True), mark, color=colour, linestyle="-", label=name)
+            mark = "o" if len(points) < 2 else None
+            axes.plot(*zip(*points, strict=True), marker=mark, color=colour, label=name)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    with whole(folder / CURVES) as partial:
+    with whole_file(folder / CURVES) as partial:
         figure.savefig(partial, format="png")

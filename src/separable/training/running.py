@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from .checkpoints import Checkpoints, checkpoint_callbacks, last_checkpoint, steps_of
-from .feeding import Feeding
+from .feeding import Feeding, validates
 from .learning import Learning
 from .optimizing import averaging
 from .recipe import Recipe
@@ -169,8 +169,7 @@ def _trainer(
     if isinstance(feeding, Feeding):
         steps_per_epoch = len(feeding.order())
     if place is not None:
-        validates = not isinstance(feeding, Feeding) or feeding.validates
-        monitor = learning.monitor if validates else None
+        monitor = learning.monitor if validates(feeding) else None
         callbacks += checkpoint_callbacks(place.folder, recipe.checkpoint_every, monitor)
         callbacks.append(LearningRateMonitor(logging_interval="step"))
         done = 0 if checkpoint is None else steps_of(checkpoint)
@@ -190,6 +189,7 @@ def _trainer(
         sync_batchnorm=recipe.sync_batchnorm,
         use_distributed_sampler=False,  # the batches of each process are drawn for it
         num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validates(feeding) else 0,
         log_every_n_steps=max(1, min(LOG_EVERY, steps_per_epoch)),
         callbacks=callbacks,
         logger=loggers,
@@ -222,6 +222,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.WARNING)  # which devices it found, and that it stops when it is done
     try:
         with warnings.catch_warnings():
+            # validation is a choice here
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")
             # a run that is resumed goes on in its own folder
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             # Lightning builds a class of torch's in a way that newer torch deprecates

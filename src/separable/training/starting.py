@@ -17,7 +17,7 @@ from ..models import create_model
 from .checking import check_classes, input_channels, outputs_of
 from .feeding import Feeding, Given, resumable
 from .learning import Distilling, Supervised
-from .loading import is_plain
+from .loading import WEIGHTS, drawing, is_plain
 from .recipe import AnyRecipe, Distillation, Recipe
 from .records import CONFIG
 from .running import Place, is_first_process, run
@@ -86,7 +86,8 @@ def train(
     feeding, sample, classes = _feeding(data, validation_data, recipe, True, channels)
     if isinstance(model, str):
         given = "num_classes=" in model or classes is None or ".py:" in model
-        model = create_model(model if given else f"{model},num_classes={classes}")
+        with drawing(recipe.seed, WEIGHTS):
+            model = create_model(model if given else f"{model},num_classes={classes}")
     if sample is not None:
         check_classes(outputs_of(model, sample, "model"), classes)
     return run(model, Supervised(_trainable(model, "model"), recipe), feeding, place, progress)

@@ -238,6 +238,11 @@ class Builder:
                 done += piece
             piece //= 2
 
+    def prefetch(self, pointer: Value) -> None:
+        """Ask for a cache line, to be in the L2 cache when it is read."""
+        function = self._declare("llvm.prefetch.p0", ir.VoidType(), [PTR, I32, I32, I32])
+        self.ir.call(function, [pointer, I32(0), I32(2), I32(1)])
+
     def load_scalar(self, pointer: Value) -> Value:
         """Load one float."""
         return self.ir.load(pointer, typ=F32, align=4)

@@ -25,6 +25,7 @@ from .expression import Expression
 from .tiling import Run, even_sizes, vector_panels, window_runs
 
 _UNROLL = 256  # multiply-adds of straight-line code per channel loop, at most about
+_LINE = 16  # floats
 _CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
 
 
@@ -197,6 +198,8 @@ class _Emitter:
         # Taps of a row that lie behind one another in memory are one longer row of channels.
         self.joined = conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and dilation == 1
         self.panels = vector_panels(outputs, b.width, tile.vectors)
+        self.blocks = sum(run.count for run in self.runs)
+        self.turns = tile.rows * min(tile.blocks, self.blocks)
 
     def task(self, t: Index) -> None:
         b, conv, tile = self.b, self.conv, self.tile
@@ -209,8 +212,10 @@ class _Emitter:
 
         def panel(panel: _Panel) -> None:
             def row(r: Index) -> None:
+                turn = b.mul(b.add(r, b.mul(first_row, -1)), self.blocks)
+                turn = b.add(turn, b.mul(first_block, -1))
                 for run in self.runs:
-                    self.row_of_blocks(run, r, first_block, last_block, x, panel)
+                    self.row_of_blocks(run, r, first_block, last_block, x, panel, turn)
 
             b.loop(first_row, last_row, row)
 
@@ -220,12 +225,14 @@ class _Emitter:
         b, size = self.b, self.tile.pixels
         run = Run(0, 1, 0, size, ((0, size),))
         blocks = b.divmod(b.add(b.add(b.end, size - 1), b.mul(b.begin, -1)), size)[0]
+        self.turns = 0  # these weights are read again and again, and are in the cache
 
         def panel(panel: _Panel) -> None:
             def block(number: Index) -> None:
                 column = b.add(b.begin, b.mul(number, size))
                 position = (0, 0, b.minimum(column, b.add(b.end, -size)))
-                self.epilogue(run, position, self.taps(run, position, self.x, panel), panel)
+                sums = self.taps(run, position, self.x, panel, 0)
+                self.epilogue(run, position, sums, panel)
 
             b.loop(0, blocks, block)
 
@@ -281,6 +288,7 @@ class _Emitter:
         last_block: Index,
         x: Value,
         panel: _Panel,
+        turn: Index,
     ) -> None:
         b, conv = self.b, self.conv
         image, row = b.divmod(r, conv.size[0])
@@ -289,7 +297,7 @@ class _Emitter:
 
         def block(number: Index) -> None:
             column = b.add(run.start, b.mul(b.add(number, -run.first), run.size))
-            sums = self.taps(run, (image, row, column), x, panel)
+            sums = self.taps(run, (image, row, column), x, panel, b.add(turn, number))
             self.epilogue(run, (image, row, column), sums, panel)
 
         if len(self.runs) == 1 and self.tile.blocks >= run.count:
@@ -309,6 +317,7 @@ class _Emitter:
         position: Sequence[Index],
         x: Value,
         panel: _Panel,
+        turn: Index,
     ) -> list[Value]:
         b, conv = self.b, self.conv
         image, row, column = position
@@ -324,7 +333,7 @@ class _Emitter:
             if run.inside and self.joined:
                 pixels = run.taps[0]
                 return self.channels(
-                    source, weights, kw * inputs, list(sums), pixels, panel.vectors
+                    source, weights, kw * inputs, list(sums), pixels, panel.vectors, turn
                 )
             result = list(sums)
             for kx in range(kw):
@@ -335,6 +344,7 @@ class _Emitter:
                     result,
                     run.taps[kx],
                     panel.vectors,
+                    turn,
                 )
             return result
 
@@ -366,6 +376,7 @@ class _Emitter:
         sums: list[Value],
         pixels: tuple[int, int],
         vectors: int,
+        turn: Index,
     ) -> list[Value]:
         """Add `depth` products to the accumulators of the pixels `low <= i < high`."""
         b, conv = self.b, self.conv
@@ -389,6 +400,9 @@ class _Emitter:
             first, weights = b.at(x, b.mul(start, step)), b.at(w, b.mul(start, lanes))
 
             def products(k: Index, *sums: Value) -> list[Value]:
+                for line in range(lines):
+                    at = b.mul(b.add(start, k), _LINE * lines // unroll)
+                    b.prefetch(b.at(following, at, _LINE * line))
                 source, columns = b.at(first, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
                 result = list(sums)
                 for ahead in range(unroll):
@@ -409,6 +423,12 @@ class _Emitter:
 
         cost = (high - low) * vectors
         unroll = depth if depth * cost <= _UNROLL else min(4, max(1, _UNROLL // cost))
+        # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
+        lines = 0
+        if self.turns > 1 and unroll < depth:
+            share = -(-depth * lanes // self.turns)
+            following = b.at(w, b.mul(turn, share), conv.depth * lanes)
+            lines = -(-unroll * lanes // self.turns // _LINE)
         if conv.depth <= _CHAIN:
             return chain(0, depth, sums)
         parts = -(-depth // _CHAIN)
