@@ -31,7 +31,7 @@ _TASKS_PER_THREAD = 4
 # Cycles per byte of what does not stay in the L2 cache, and of rows that move within it.
 _WRITE, _READ, _MOVE = 0.06, 0.04, 0.06
 _STEP = 300.0  # cycles to begin a step, and once more per further thread
-_MARGIN = 1.01  # a chain must be better by so much
+_MARGIN = 1.03  # a chain must be better by so much
 
 
 def fuse_chains(steps: Sequence[Step], machine: Machine, threads: int) -> list[Step]:
