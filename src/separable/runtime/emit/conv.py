@@ -27,7 +27,7 @@ from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, w
 
 _LINE = 16  # floats
 _UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
-_CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
+_CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
 
 
 @dataclass(frozen=True)
