@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz soak check format coverage clean
+.PHONY: help setup demo test fuzz soak check docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,10 +30,14 @@ fuzz: $(READY)  ## 500 random networks through the runtime, against eager
 soak: $(READY)  ## 100,000 calls of compiled models: right, and memory stays flat
 	PYTHONPATH=. $(BIN)/python -m tests.runtime.soak --calls 100000
 
-check: $(READY)  ## lint and types
+check: $(READY)  ## lint, types, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+docs: $(READY)  ## the documentation site in site/, every warning and broken link an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .

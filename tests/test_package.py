@@ -29,6 +29,8 @@ def test_public_names():
         "cost",
         "count",
         "crosscheck",
+        "export",
+        "finetune",
         "load",
         "load_compiled",
         "measure",
@@ -36,9 +38,13 @@ def test_public_names():
         "models",
         "nn",
         "plan",
+        "report",
+        "reporting",
         "runtime",
         "save",
         "total_learnables",
+        "train",
+        "training",
     }
     assert set(separable.__all__) <= set(dir(separable))
 
@@ -50,7 +56,9 @@ def test_every_public_name_loads_and_says_what_it_is(name):
     assert getattr(separable, name) is value
 
 
-@pytest.mark.parametrize("room", ["nn", "cost", "models", "conversion", "runtime"])
+@pytest.mark.parametrize(
+    "room", ["nn", "cost", "models", "conversion", "runtime", "training", "reporting"]
+)
 def test_every_name_of_a_room_loads(room):
     module = getattr(separable, room)
     assert module.__all__ == sorted(module.__all__)

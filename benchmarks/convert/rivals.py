@@ -11,7 +11,7 @@ from typing import Any
 import tensorly
 import torch
 from tensorly.decomposition import parafac, partial_tucker
-from torch import Tensor, nn
+from torch import nn
 
 from separable.conversion.applying import with_batch_norm
 from separable.conversion.choosing import cost
@@ -103,8 +103,20 @@ RIVALS: dict[str, Layer] = {
 }
 
 
+def seen(model: nn.Module, inputs: Inputs) -> tuple[list[Site], dict[str, Moments]]:
+    """All convolutions, and the moments of the k×k ones behind the stem."""
+    sites = trace(model, inputs.first)
+    changing = [s for s in sites if s.shape.taps > 1 and s is not sites[0]]
+    return sites, survey(model, changing, inputs, 0)
+
+
 def convert(
-    model: nn.Module, calibration: Tensor, share: float, layer: Layer
+    model: nn.Module,
+    inputs: Inputs,
+    sites: list[Site],
+    moments: dict[str, Moments],
+    share: float,
+    layer: Layer,
 ) -> tuple[nn.Module, nn.Module, float]:
     """Convert every k×k layer but the stem to the same share of its multiply-adds.
 
@@ -112,13 +124,10 @@ def convert(
         The network, the one with batch-norm statistics re-estimated where that lowers its
         calibration error, and its share of the multiply-adds.
     """
-    inputs = Inputs(calibration, model)
-    sites = trace(model, inputs.first)
     dense = {site.name: cost(site, None, 0)[0] for site in sites}
-    changing = [s for s in sites if s.shape.taps > 1 and s is not sites[0]]
+    changing = [site for site in sites if site.name in moments]
     kept = sum(dense.values()) - sum(dense[site.name] for site in changing)
     part = (share * sum(dense.values()) - kept) / sum(dense[site.name] for site in changing)
-    moments = survey(model, changing, inputs, 0)
     result = copy.deepcopy(model)
     for site in changing:
         conv = model.get_submodule(site.name)

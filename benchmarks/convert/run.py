@@ -2,94 +2,97 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+import tensorly
 import torch
-from prettytable import PrettyTable
-from torch import nn
+from torch import Tensor, nn
 
 import separable
-from separable.conversion.sites import divergence
+from separable.conversion.applying import run
+from separable.conversion.refining import refined
+from separable.conversion.sites import Inputs, divergence
 
-from . import data, networks, rivals
+from . import data, networks, rivals, tables
 
-OURS = "separable"
+RESULTS = Path("benchmarks/results/convert.json")
+KEYS = ("network", "data", "seed", "calibration", "fold")
 
 
-def cells(
-    name: str, dataset: str, seed: int, folds: tuple[float, ...], count: int
-) -> list[dict[str, Any]]:
-    """One row per budget and method of one trained network."""
-    train, _, inputs, labels = data.load(dataset)
-    model = networks.trained(name, dataset, seed)
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(100 + seed))
-    calibration = train[chosen[:count]]
-    original = networks.accuracy(model, inputs, labels)
-    rows = []
+def calibrated(dataset: str, seed: int, count: int) -> Tensor:
+    """The unlabelled calibration inputs of a seed, drawn from the training part."""
+    train = data.load(dataset)[0]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(100 + seed))
+    return train[order[:count]]
 
-    def row(method: str, fold: float, result: nn.Module, macs: float) -> None:
-        score = networks.accuracy(result, inputs, labels)
-        error = divergence(result, model, inputs.split(256))
-        rows.append(
-            {
-                "network": name,
-                "data": dataset,
-                "seed": seed,
-                "calibration": count,
-                "fold": fold,
-                "method": method,
-                "macs": macs,
-                "original": original,
-                "accuracy": score,
-                "kl": error,
-            }
+
+def ours(model: nn.Module, given: Tensor, fold: float) -> Iterator[tuple[str, nn.Module, float]]:
+    """The conversion without its last pass, and with it, as `separable.convert` gives it."""
+    inputs = Inputs(given, model)
+    plan = separable.plan(model, given, f"macs={1 / fold}", progress=False)
+    fitted, _ = run(model, plan, inputs, None, progress=False, refine=False)
+    yield tables.ONCE, fitted, plan.macs
+    macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
+    better = refined(fitted, model, inputs, macs, plan.seed, progress=False)
+    yield tables.OURS, fitted if better is None else better, plan.macs
+
+
+def theirs(
+    model: nn.Module, given: Tensor, fold: float, methods: list[str]
+) -> Iterator[tuple[str, nn.Module, float]]:
+    """Each rival, with batch-norm statistics re-estimated; one of them without that too."""
+    inputs = Inputs(given, model)
+    sites, moments = rivals.seen(model, inputs)
+    for method in methods:
+        result, renewed, macs = rivals.convert(
+            model, inputs, sites, moments, 1 / fold, rivals.RIVALS[method]
         )
-        cell = f"{name} {dataset} {seed} {fold:g}x {method} ({1 / macs:.1f}x)"
-        print(f"{cell}: {score:.2f} of {original:.2f} %, KL {error:.4f}", flush=True)
-
-    for fold in folds:
-        slim = separable.convert(model, calibration, f"macs={1 / fold}", progress=False)
-        row(OURS, fold, slim, slim.report.plan.macs)
-        for method, layer in rivals.RIVALS.items():
-            result, renewed, macs = rivals.convert(model, calibration, 1 / fold, layer)
-            if method == "network decoupling":
-                row(f"{method}, batch norm kept", fold, result, macs)
-            row(method, fold, renewed, macs)
-    return rows
+        if method == "network decoupling":
+            yield tables.KEPT, result, macs
+        yield method, renewed, macs
 
 
-def table(rows: list[dict[str, Any]]) -> PrettyTable:
-    """Mean accuracy and KL of each method, per data set and budget, and how often it is beaten."""
-    result = PrettyTable(
-        ["data", "budget", "method", "MACs", "points lost", "worst", "KL", "behind"]
-    )
-    keys = sorted({(r["data"], r["fold"]) for r in rows}, key=str)
-    for dataset, fold in keys:
-        here = [r for r in rows if (r["data"], r["fold"]) == (dataset, fold)]
-        ours = {(r["network"], r["seed"]): r for r in here if r["method"] == OURS}
-        for method in dict.fromkeys(r["method"] for r in here):
-            mine = [r for r in here if r["method"] == method]
-            lost = [r["original"] - r["accuracy"] for r in mine]
-            behind = sum(r["kl"] > ours[r["network"], r["seed"]]["kl"] for r in mine)
-            kl = sum(r["kl"] for r in mine) / len(mine)
-            mean = sum(lost) / len(lost)
-            result.add_row(
-                [
-                    *(
-                        dataset,
-                        f"1/{fold:g}",
-                        method,
-                        f"{sum(r['macs'] for r in mine) / len(mine):.3f}",
-                    ),
-                    *(f"{mean:.2f}", f"{max(lost):.2f}", f"{kl:.4f}"),
-                    "" if method == OURS else f"{behind} of {len(mine)}",
-                ]
-            )
-    return result
+def measured(cell: tuple[Any, ...], have: set[str], methods: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each method that a cell has not yet."""
+    name, dataset, seed, count, fold = cell
+    _, _, inputs, labels = data.load(dataset)
+    model = networks.trained(name, dataset, seed)
+    given = calibrated(dataset, seed, count)
+    original = networks.accuracy(model, inputs, labels)
+    missing = [method for method in methods if method not in have]
+    found = theirs(model, given, fold, missing) if missing else iter(())
+    start = time.perf_counter()
+    for method, result, macs in [
+        *(() if tables.OURS in have else ours(model, given, fold)),
+        *found,
+    ]:
+        yield {
+            **dict(zip(KEYS, cell, strict=True)),
+            "method": method,
+            "macs": macs,
+            "original": original,
+            "accuracy": networks.accuracy(result, inputs, labels),
+            "kl": divergence(result, model, inputs.split(256)),
+        }
+    print(f"{cell}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def conditions() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "versions": {m.__name__: m.__version__ for m in (torch, tensorly, separable)},
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 @click.command()
@@ -98,29 +101,34 @@ def table(rows: list[dict[str, Any]]) -> PrettyTable:
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2))
 @click.option("--fold", "folds", multiple=True, type=float, default=(4.0, 7.0, 14.0))
 @click.option("--inputs", "count", default=512, help="calibration inputs")
+@click.option("--rival", "methods", multiple=True, default=tuple(rivals.RIVALS))
+@click.option("--alone", is_flag=True, help="without the rivals")
 @click.option("--threads", default=1)
-@click.option("--out", type=Path, default=Path("runs/convert/results.json"))
+@click.option("--out", type=Path, default=RESULTS)
 def main(
     names: tuple[str, ...],
     datasets: tuple[str, ...],
     seeds: tuple[int, ...],
     folds: tuple[float, ...],
     count: int,
+    methods: tuple[str, ...],
+    alone: bool,
     threads: int,
     out: Path,
 ) -> None:
-    """Train the networks where they are not cached, convert them, print a table, write JSON."""
+    """Convert the networks (trained first where they are not cached), and write JSON.
+
+    Rows that the file has are not measured again; delete it to start afresh. Print its tables
+    with `python -m benchmarks.convert.tables`.
+    """
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message=".*positions; more calibration")
-    rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        for dataset in datasets:
-            for name in names:
-                rows += cells(name, dataset, seed, folds, count)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                versions = {"torch": torch.__version__, "separable": separable.__version__}
-                out.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1))
-    print(table(rows))
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    cells = [(n, d, s, count, f) for s in seeds for d in datasets for n in names for f in folds]
+    for cell in cells:
+        have = {row["method"] for row in rows if tuple(row[key] for key in KEYS) == cell}
+        rows += measured(cell, have, [] if alone else list(methods))
+        out.write_text(json.dumps({**conditions(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -23,13 +23,17 @@ _HOME = {
     "convert": "conversion",
     "count": "cost",
     "crosscheck": "cost",
+    "export": "exporting",
+    "finetune": "training",
     "load": "conversion",
     "load_compiled": "runtime",
     "measure": "cost",
     "merge": "conversion",
     "plan": "conversion",
+    "report": "reporting",
     "save": "conversion",
     "total_learnables": "cost",
+    "train": "training",
 }
 
 __all__ = [
@@ -46,6 +50,8 @@ __all__ = [
     "cost",
     "count",
     "crosscheck",
+    "export",
+    "finetune",
     "load",
     "load_compiled",
     "measure",
@@ -53,13 +59,17 @@ __all__ = [
     "models",
     "nn",
     "plan",
+    "report",
+    "reporting",
     "runtime",
     "save",
     "total_learnables",
+    "train",
+    "training",
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, runtime
+    from . import conversion, cost, models, nn, reporting, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,
@@ -71,7 +81,10 @@ if TYPE_CHECKING:
         measure,
         total_learnables,
     )
+    from .exporting import export
+    from .reporting import report
     from .runtime import compile, load_compiled
+    from .training import finetune, train
 
 
 def __getattr__(name: str) -> Any:

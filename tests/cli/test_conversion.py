@@ -102,3 +102,10 @@ def test_foreign_weights_are_refused(place):
     assert "of another network" in result.stderr
     (place / "weights.safetensors").write_bytes(b"nonsense")
     assert "is no safetensors file" in convert(place).stderr
+
+
+def test_the_forms_offered_are_those_there_are():
+    from separable.cli import conversion as command
+    from separable.conversion.forms import FORMS
+
+    assert command.FORMS == FORMS

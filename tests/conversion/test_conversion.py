@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import separable
-from separable.conversion import SeparatedConv, planning
+from separable.conversion import SeparatedConv, planning, refining
 from separable.conversion.sites import divergence
 
 FEW = "positions; more calibration"
@@ -214,6 +214,53 @@ def test_export_keeps_the_outputs(inputs, slim):
     torch.testing.assert_close(exported(inputs[:2]), slim(inputs[:2]), rtol=1e-4, atol=1e-4)
 
 
+def test_onnx_keeps_the_outputs(inputs, slim, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "slim.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(slim, (inputs[:2],), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: inputs[:2].numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), slim(inputs[:2]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "separable"])
+def test_compilers_keep_the_outputs(inputs, slim, backend):
+    torch.compiler.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compilers' own
+        result = torch.compile(slim, backend=backend)(inputs[:4])
+    torch.testing.assert_close(result, slim(inputs[:4]), rtol=1e-4, atol=1e-4)
+
+
+def test_dtype_flags_and_hooks_are_kept(model, inputs):
+    model = copy.deepcopy(model).double().train()
+    model.norm.eval()
+    model.twice.weight.requires_grad_(False)
+    seen = []
+    model.norm.register_forward_hook(lambda *_: seen.append("norm"))
+    model.head.register_forward_pre_hook(lambda *_: seen.append("head"))
+    slim = separable.convert(model, inputs.double(), "macs=0.4", progress=False)
+    assert {p.dtype for p in slim.parameters()} == {torch.float64}
+    assert slim.training
+    assert slim.head.training
+    assert not slim.norm.training
+    assert isinstance(slim.twice, SeparatedConv)
+    assert not any(p.requires_grad for p in slim.twice.parameters() if p.dim() > 1)
+    assert slim.head.weight.requires_grad
+    seen.clear()
+    slim.eval()(inputs[:1].double())
+    assert seen == ["norm", "head"]
+
+
+def test_channels_last_is_kept(model, inputs):
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    slim = separable.convert(model, inputs, "macs=0.4", progress=False)
+    assert slim.twice.last.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_outputs_that_are_no_logits(inputs):
     class Two(nn.Module):
         def __init__(self):
@@ -258,10 +305,23 @@ def _rank_of_two(rank, port, path):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    refining.STEPS = 20
     model, inputs, _ = torch.load(path / "case.pt", weights_only=False)
     mine = list(inputs.split(16))[rank::2]
     slim = separable.convert(model, mine, "macs=0.4", progress=False)
     torch.save((slim.report.plan.to_json(), slim.state_dict()), path / f"{rank}.pt")
+
+    def search():
+        assert rank == 0
+        return slim.report.plan
+
+    assert planning._found_by_first(search) == slim.report.plan
+
+    def fails():
+        raise ValueError("cannot be met")
+
+    with pytest.raises(ValueError, match="cannot be met"):
+        planning._found_by_first(fails)
     dist.destroy_process_group()
 
 

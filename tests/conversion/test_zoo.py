@@ -33,3 +33,17 @@ def test_blocks_with_batch_norm_and_activation_in_one():
     slim = separable.convert(model, torch.randn(32, 3, 9, 9), "macs=0.6", progress=False)
     assert isinstance(slim[1].conv, SeparatedConv)
     assert slim.report.plan.macs <= 0.6
+
+
+def test_weight_standardisation_stays_with_a_reason():
+    from timm.layers import ScaledStdConv2d, StdConv2d
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        StdConv2d(3, 16, 3), nn.ReLU(), ScaledStdConv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+    ).eval()
+    inputs = torch.randn(64, 3, 11, 11)
+    slim = separable.convert(model, inputs, "macs=0.9", progress=False)
+    assert isinstance(slim[3], SeparatedConv)
+    reasons = {row.name: row.reason for row in slim.report.plan.rows}
+    assert reasons["0"] == reasons["2"] == "its class computes more than a convolution"

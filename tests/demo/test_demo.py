@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("plotly")
+
+from separable.demo.digits import Digits, load_digits
 
 from separable.demo import story as story_module
 from separable.demo import tell
-from separable.demo.digits import Digits, load_digits
 from separable.demo.learning import fit, steps_per_epoch, wilson_interval
 
 # the tests convert with fewer images than the demo does
@@ -143,8 +145,11 @@ def test_table(told):
 
 def test_files(told):
     story, out = told
-    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "report.html"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "separable demo --epochs 1 --seed 3" in page
+    assert "trained separable" in page
     figures = json.loads((out / "demo.json").read_text())
     assert figures == json.loads(story.to_string("json"))
     assert figures["contenders"][2]["params"] == 215_498

@@ -8,7 +8,17 @@ from __future__ import annotations
 import click
 
 from .. import __version__
-from . import conversion, cost, demo, runtime
+from . import (
+    completion,
+    conversion,
+    cost,
+    demo,
+    doctor,
+    exporting,
+    reporting,
+    runtime,
+    training,
+)
 from .errors import Group
 
 __all__ = ["main"]
@@ -31,7 +41,13 @@ COMMANDS = (
     conversion.convert,
     runtime.explain,
     runtime.bench,
+    training.train,
+    training.finetune,
+    reporting.report,
+    exporting.export,
     demo.demo,
+    doctor.doctor,
+    completion.completion,
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format, table_or_json
+from .options import (
+    MODEL_HELP,
+    input_size,
+    load,
+    output_folder_exists,
+    output_format,
+    photos,
+    table_or_json,
+    weights,
+)
 
 FORMS = (
     "depthwise-pointwise",
@@ -16,15 +25,6 @@ FORMS = (
     "pointwise-depthwise-pointwise",
     "low-rank",
 )
-IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Read one number, or one per channel: 0.485,0.456,0.406."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} must be numbers with commas between them") from None
 
 
 @click.command(epilog=MODEL_HELP)
@@ -32,31 +32,21 @@ def numbers(text: str) -> tuple[float, ...]:
 @click.option(
     "--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01."
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True)
 @click.option(
-    "--weights",
+    "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Trained weights, safetensors; random if left out.",
+    required=True,
+    help="File for the converted network, safetensors.",
 )
-@click.option(
+@weights
+@photos(
     "--calibration",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
+    "Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
 )
-@click.option(
-    "--images",
-    "most",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Most images to take from the folder, at random.",
-)
-@click.option("--mean", type=numbers, default=IMAGENET[0], show_default=True)
-@click.option("--std", type=numbers, default=IMAGENET[1], show_default=True)
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every draw.")
 @output_format
 def convert(
     model: str,
@@ -80,21 +70,17 @@ def convert(
         --calibration photos --budget macs=0.25 --out slim.safetensors
     """
     table_or_json(style)
-    if not out.absolute().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {str(out.absolute().parent)!r}")
+    output_folder_exists(out)
     import torch
 
     from .. import conversion, cost
-    from .images import read_images
+    from ..images import read_images
 
     cost.keep_freed_memory()
-    network = load(model)
-    if weights is not None:
-        _load_weights(network, weights)
+    network = load(model, weights)
     inputs = None
     if calibration is not None:
-        channels, *side = input_size[1:]
-        inputs = read_images(calibration, channels, tuple(side), mean, std, most, seed)
+        inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     options = {"forms": forms} if forms else {}
     converted = conversion.convert(
         network,
@@ -110,27 +96,3 @@ def convert(
     assert isinstance(report, conversion.Report)
     click.echo(f"The converted network is {out}.", err=True)
     return json.dumps(report.to_dict(), indent=2) if style == "json" else str(report)
-
-
-def _load_weights(network: Any, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--weights: there is no file {str(path)!r}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"--weights: {str(path)!r} is no safetensors file: {error}") from error
-    own = network.state_dict()
-    differing = [
-        name
-        for name in sorted({*own, *tensors})
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    ]
-    if differing:
-        raise ValueError(
-            f"--weights: {str(path)!r} is of another network: {len(differing)} of its tensors are "
-            f"missing, unexpected or of another shape, {differing[0]!r} first"
-        )
-    network.load_state_dict(tensors)

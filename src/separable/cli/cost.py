@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 def count(
     model: str, input_size: tuple[int, ...], style: Any, depth: int | None, strict: bool
 ) -> str:
-    """Count a network's parameters, multiply-adds, memory and traffic."""
+    """Count a network's parameters, multiply-adds, memory and traffic.
+
+    \b
+    separable count torchvision:resnet18 --input-size 1x3x224x224 --depth 1
+    separable count path/to/file.py:build_network --json
+    """
     from .. import cost
 
     account = cost.count(load(model), input_size=input_size, strict=strict)
@@ -50,9 +55,10 @@ def compare(
 ) -> str:
     """Compare two networks, or a layer's two forms, and time both.
 
-    The first network is the regular one. Without networks the layer's options are needed:
+    The first network is the regular one. Without networks the layer's options are needed.
 
     \b
+    separable compare separable:mobilenet_v1,conv=regular separable:mobilenet_v1
     separable compare --in-channels 3 --out-channels 64 --kernel-size 5 \\
         --stride 2 --input-size 1x3x228x228
     """
@@ -117,7 +123,11 @@ def measure(
     per_layer: bool,
     threads: int | None,
 ) -> str:
-    """Measure a network's latency and peak memory."""
+    """Measure a network's latency and peak memory.
+
+    \b
+    separable measure timm:mobilenetv4_conv_small --threads 1 --per-layer
+    """
     from .. import cost
 
     cost.keep_freed_memory()
@@ -131,7 +141,11 @@ def measure(
 @input_size
 @output_format
 def crosscheck(model: str, input_size: tuple[int, ...], style: Any) -> str:
-    """Show what other counters say of a network, and why."""
+    """Show what other counters say of a network, and why.
+
+    \b
+    separable crosscheck timm:convnext_atto
+    """
     from .. import cost
 
     return cost.crosscheck(load(model), input_size=input_size).to_string(style)

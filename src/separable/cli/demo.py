@@ -17,15 +17,20 @@ from .options import output_format
     type=click.Path(path_type=Path, file_okay=False),
     default="demo",
     show_default=True,
-    help="Folder for demo.png and demo.json.",
+    help="Folder for demo.png, demo.json and report.html.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=10, show_default=True, help="Of each training."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every draw.")
 def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     """Train both forms on real data, convert one into the other, and compare, in three minutes.
 
     On the handwritten digits bundled with scikit-learn: the same small MobileNetV1 with regular
     convolutions, converted from them without labels, and trained with separable ones.
+
+    \b
+    separable demo --out demo
     """
     from ..cost import keep_freed_memory
     from ..demo import tell
@@ -33,6 +38,8 @@ def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
     keep_freed_memory()
     story = tell(out, epochs=epochs, seed=seed)
     click.echo(
-        f"The picture is {out / 'demo.png'}, the figures are in {out / 'demo.json'}.", err=True
+        f"The picture is {out / 'demo.png'}, the figures are in {out / 'demo.json'}, "
+        f"the report is {out / 'report.html'}.",
+        err=True,
     )
     return story.to_string(style)

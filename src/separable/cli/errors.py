@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +17,23 @@ INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
 
 class Group(click.Group):
-    """A click group that reports whatever a command raises in one line."""
+    """A click group that reports whatever a command raises in one line.
+
+    Commands find what was typed under "command" in the root context's `meta`.
+    """
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Note what was typed."""
+        typed = shlex.join([self.name or "separable", *args])
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta["command"] = typed
+        return context
 
     def main(
         self,

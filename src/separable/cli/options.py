@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
+IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
 FORMATS = ("table", "json", "csv", "markdown", "html")
 
 MODEL_HELP = """\b
@@ -31,6 +33,14 @@ eval mode."""
 def size(text: str) -> tuple[int, ...]:
     """Read a shape such as 1x3x224x224."""
     return _numbers(text, least=1)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read one number, or one per channel: 0.485,0.456,0.406."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be numbers with commas between them") from None
 
 
 def padding(text: str) -> str | tuple[int, ...]:
@@ -67,11 +77,62 @@ def threads(function: Function) -> Function:
     )(function)
 
 
-def output_format(function: Function) -> Function:
-    """Add `--format` and `--json`, and print the text that the command returns.
+def weights(function: Function) -> Function:
+    """Add `--weights`."""
+    return click.option(
+        "--weights",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Trained weights, safetensors; random if left out.",
+    )(function)
 
-    Whatever a network or a library prints meanwhile goes to stderr, so that stdout holds the
-    result alone.
+
+def photos(flag: str, help: str) -> Callable[[Function], Function]:
+    """Add an option for a folder of images, and `--images`, `--mean` and `--std` to read them."""
+    options = (
+        click.option(flag, type=click.Path(path_type=Path, file_okay=False), help=help),
+        click.option(
+            "--images",
+            "most",
+            type=click.IntRange(1),
+            default=512,
+            show_default=True,
+            help="Most images to take from the folder, at random.",
+        ),
+        click.option(
+            "--mean",
+            type=numbers,
+            default=IMAGENET[0],
+            show_default=True,
+            help="Of the channels, 0 to 1.",
+        ),
+        click.option(
+            "--std",
+            type=numbers,
+            default=IMAGENET[1],
+            show_default=True,
+            help="What to divide them by.",
+        ),
+    )
+    return lambda function: functools.reduce(lambda f, option: option(f), options[::-1], function)
+
+
+def output_folder_exists(out: Path) -> None:
+    """Refuse, before the work, a file whose folder is not there."""
+    if not out.absolute().parent.is_dir():
+        raise click.UsageError(f"--out: there is no folder {str(out.absolute().parent)!r}")
+
+
+def json_flag(function: Function) -> Function:
+    """Add `--json`, and print the text that the command returns, alone on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")(
+        _printing(function)
+    )
+
+
+def _printing(function: Function) -> Function:
+    """Print the text that a command returns; what a network or a library prints is sent to stderr.
+
+    So stdout holds the result alone.
     """
 
     @functools.wraps(function)
@@ -80,11 +141,21 @@ def output_format(function: Function) -> Function:
             text = function(*args, **kwargs)
         click.echo(text)
 
+    return run
+
+
+def output_format(function: Function) -> Function:
+    """Add `--format` and `--json`, and print the text that the command returns."""
     choice = click.option(
-        "--format", "style", type=click.Choice(FORMATS), default="table", show_default=True
+        "--format",
+        "style",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="How to print the result.",
     )
     json = click.option("--json", "style", flag_value="json", help="Short for --format json.")
-    return choice(json(run))
+    return choice(json(_printing(function)))
 
 
 def table_or_json(style: str) -> None:
@@ -93,8 +164,35 @@ def table_or_json(style: str) -> None:
         raise click.UsageError(f"--format {style} is not made for this command; use table or json")
 
 
-def load(name: str) -> nn.Module:
-    """Build the network that MODEL names, in eval mode."""
+def load(name: str, weights: Path | None = None) -> nn.Module:
+    """Build the network that MODEL names, in eval mode, with weights of a safetensors file."""
     from ..models import create_model
 
-    return create_model(name).eval()
+    network = create_model(name).eval()
+    if weights is not None:
+        _load_weights(network, weights)
+    return network
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights: there is no file {str(path)!r}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--weights: {str(path)!r} is no safetensors file: {error}") from error
+    own = network.state_dict()
+    differing = [
+        name
+        for name in sorted({*own, *tensors})
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    ]
+    if differing:
+        raise ValueError(
+            f"--weights: {str(path)!r} is of another network: {len(differing)} of its tensors are "
+            f"missing, unexpected or of another shape, {differing[0]!r} first"
+        )
+    network.load_state_dict(tensors)

@@ -52,8 +52,20 @@ def explain(
 @input_size
 @output_format
 @click.option("--threads", type=_thread_counts, default="1", show_default=True, help="As in 1,2.")
-@click.option("--against", type=_names, default=",".join(RUNTIMES), show_default=True)
-@click.option("--turns", type=click.IntRange(1), default=30, show_default=True)
+@click.option(
+    "--against",
+    type=_names,
+    default=",".join(RUNTIMES),
+    show_default=True,
+    help="Other runtimes; those that are not installed are named.",
+)
+@click.option(
+    "--turns",
+    type=click.IntRange(1),
+    default=30,
+    show_default=True,
+    help="How often each is timed, one after the other.",
+)
 def bench(
     model: str,
     input_size: tuple[int, ...],

@@ -18,6 +18,7 @@ from .fitting import bias_of, fit, targets
 from .forms import Conv, Factors, SeparatedConv, Shape, grouped, separated
 from .moments import Moments
 from .plans import Plan, Row
+from .refining import refined
 from .sites import (
     Inputs,
     collect,
@@ -40,6 +41,8 @@ class Report:
     relative squared error; None without inputs"""
     batch_norm: bool
     """whether re-estimated batch-norm statistics lowered it and were kept"""
+    refined: bool = False
+    """whether the pass over all layers together lowered it on inputs held out, and was kept"""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan and what was measured as plain Python values, ready for JSON."""
@@ -47,15 +50,17 @@ class Report:
             "plan": json.loads(self.plan.to_json()),
             "error": self.error,
             "batch_norm": self.batch_norm,
+            "refined": self.refined,
         }
 
     def __str__(self) -> str:
         if self.error is None:
             return f"{self.plan}\nfrom the weights alone; the error was not measured"
         statistics = "re-estimated" if self.batch_norm else "kept"
+        together = "layers refined together" if self.refined else "each layer fitted once"
         return (
             f"{self.plan}\nmeasured output error {self.error:.3g} on the calibration inputs, "
-            f"batch-norm statistics {statistics}"
+            f"batch-norm statistics {statistics}, {together}"
         )
 
 
@@ -116,6 +121,7 @@ def run(
     inputs: Inputs | None,
     slopes: dict[str, Tensor] | None,
     progress: bool,
+    refine: bool = True,
 ) -> tuple[nn.Module, Report]:
     """Apply a plan to a network in eval mode.
 
@@ -125,6 +131,7 @@ def run(
         inputs: calibration inputs, or None.
         slopes: Fisher information per layer, where it was already computed.
         progress: whether to show a progress bar.
+        refine: whether to end with the pass over all layers together.
     """
     converted = copy.deepcopy(original)
     sites = {s.name: s for s in trace(original, None if inputs is None else inputs.first)}
@@ -152,13 +159,18 @@ def run(
             bar.update(ends[row.name])
     if inputs is None:
         return converted, Report(plan, None, False)
-    error = divergence(converted, original, inputs)
     renewed = with_batch_norm(converted, inputs)
-    if renewed is not None:
-        other = divergence(renewed, original, inputs)
-        if other < error:
-            return renewed, Report(plan, other, True)
-    return converted, Report(plan, error, False)
+    batch_norm = renewed is not None and divergence(renewed, original, inputs) < divergence(
+        converted, original, inputs
+    )
+    if batch_norm and renewed is not None:
+        converted = renewed
+    macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
+    better = refined(converted, original, inputs, macs, plan.seed, progress) if refine else None
+    if better is not None:
+        converted = better
+    error = divergence(converted, original, inputs)
+    return converted, Report(plan, error, batch_norm, better is not None)
 
 
 def fitted_module(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .fitting import Target, curve, fit, targets
 from .forms import Form, exact_rank, grouped, weights_per_position
-from .plans import Row
+from .plans import NothingToConvert, Row
 from .sites import Inputs, Site, fisher, survey, trace
 
 SURVEY_BYTES = 1.5e9
@@ -74,7 +74,7 @@ def candidates(
     """
     sites = trace(original, inputs.first if inputs is not None else example)
     if not sites:
-        raise ValueError("`model` has no convolution to convert")
+        raise NothingToConvert({})
     reasons = {
         site.name: reason
         for site in sites
@@ -114,6 +114,8 @@ def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) ->
         return "transposed"
     if traced and not site.calls:
         return "never runs on the calibration inputs"
+    if not site.plain:
+        return "its class computes more than a convolution"
     if site.shape.inputs == 1 and site.shape.groups > 1:
         return "already depthwise"
     return ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..writing import whole_file
 from .applying import Report
 from .forms import Shape, random_factors, separated
 from .plans import Plan
@@ -20,7 +23,12 @@ from .sites import convolutions, replaced
 FORMAT = "separable-1"
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a converted network's weights and plan to a safetensors file.
 
     The file appears whole or not at all.
@@ -28,6 +36,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: what `convert` or `apply` returned.
         path: the file to write.
+        weights: a state dict to write in place of the model's own, as a moving average of it.
 
     Raises:
         ValueError: the model is not a converted one.
@@ -38,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if weights is None else weights).items():
         # safetensors stores no two views of one memory: tied weights are kept once
         view = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and view in seen:
@@ -49,16 +58,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     metadata = {
         "format": FORMAT,
         "plan": report.plan.to_json(),
-        "report": json.dumps({"error": report.error, "batch_norm": report.batch_norm}),
+        "report": json.dumps({k: v for k, v in dataclasses.asdict(report).items() if k != "plan"}),
         "aliases": json.dumps(aliases),
     }
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:

@@ -184,14 +184,22 @@ def plain_class(conv: Conv) -> type[Conv]:
     return next(base for base in CONVS if isinstance(conv, base))
 
 
+def customised(conv: Conv) -> bool:
+    """Whether the class of a convolution has a forward pass of its own."""
+    plain = plain_class(conv)
+    return any(
+        getattr(type(conv), name) is not getattr(plain, name)
+        for name in ("forward", "_conv_forward")
+    )
+
+
 def like(conv: Conv, inputs: int, outputs: int, groups: int, bias: bool) -> Conv:
     """A convolution with the geometry, class, dtype and device of another.
 
     Raises:
         TypeError: the class of `conv` is not built with `nn.ConvNd`'s arguments.
     """
-    own = type(conv)
-    kind: Any = own if own.forward is not plain_class(conv).forward else plain_class(conv)
+    kind: Any = type(conv) if customised(conv) else plain_class(conv)
     mode = {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
     sizes: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     with torch.random.fork_rng(devices=[]):  # the initial weights are never used

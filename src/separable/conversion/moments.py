@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from .forms import Conv, Shape, like, plain_class
+from .forms import Conv, Shape, customised, grouped, like
 
 BLOCK = 512
 """rows of a gram matrix that are multiplied at a time"""
@@ -136,7 +136,7 @@ def samples(
     if places > most:
         chosen = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[:most]
     at: Any = torch.unravel_index(chosen.to(input.device), output.shape[2:])
-    if type(conv).forward is plain_class(conv).forward:
+    if not customised(conv):
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         windows = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
         for dim in range(dims):
@@ -150,6 +150,24 @@ def samples(
     picked = picked.unflatten(1, (conv.groups, -1)).permute(1, 2, 4, 0, 3)
     taken = output[:, :, *at].unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3)
     return picked.flatten(3).flatten(1, 2), taken.flatten(2)
+
+
+def is_convolution(conv: Conv, input: Tensor, output: Tensor) -> bool:
+    """Whether a class of its own computes its weight times its patches, and no more than pads.
+
+    Weight standardisation does more, and so does whatever changes the input or the output.
+    """
+    if not customised(conv):
+        return True
+    try:
+        patches, wanted = samples(conv, input, output, 64, 0)
+    except (TypeError, RuntimeError):  # not built with a convolution's arguments, or sizes
+        return False
+    computed = grouped(conv.weight.detach(), conv.groups).flatten(2) @ patches
+    if conv.bias is not None:
+        computed = computed + conv.bias.detach().view(conv.groups, -1, 1)
+    error = (computed - wanted).double().square().sum()
+    return bool(error <= 1e-6 * wanted.double().square().sum())
 
 
 def _taps(conv: Conv, input: Tensor) -> Tensor:

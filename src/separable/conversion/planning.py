@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from tqdm import tqdm
 
 from ..cost import measure, measure_interleaved
 from .applying import run
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
-from .plans import Budget, Plan
+from .plans import Budget, NothingToConvert, Plan
 from .sites import Inputs, frozen_copy, replaced, trace
 
 TRIALS = 6
@@ -85,15 +86,15 @@ def plan(
         original, inputs, example, tuple(skip), _checked_forms(forms), seed, share, progress
     )
     if not found.options:
-        reasons = ", ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
-        raise ValueError(f"`model` has no convolution to convert ({reasons})")
+        raise NothingToConvert(found.reasons)
     task = _Task(original, found, goal, seed, progress)
     if goal.quantity == "error":
         assert inputs is not None
         return _for_error(task, inputs)
     if goal.quantity == "latency":
         assert example is not None
-        return _for_latency(task, example, compile or (lambda model, _: model))
+        sample, compiler = example, compile or (lambda model, _: model)
+        return _found_by_first(lambda: _for_latency(task, sample, compiler))
     return task.within(goal.limit)
 
 
@@ -209,6 +210,24 @@ def _for_latency(task: _Task, example: Tensor, compile: Callable[..., Callable[.
     if best is None:
         raise _unmet(task.goal, f"latency={math.ceil(100 * nearest) / 100:g}")
     return best
+
+
+def _found_by_first(search: Callable[[], Plan]) -> Plan:
+    """What process 0 finds, in all processes: they would not measure the same times."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return search()
+    told: list[str | None] = [None, "process 0 failed"]
+    try:
+        if dist.get_rank() == 0:
+            told = [search().to_json(), None]
+    except Exception as error:
+        told[1] = str(error)
+        raise
+    finally:
+        dist.broadcast_object_list(told)
+    if told[0] is None:
+        raise ValueError(told[1])
+    return Plan.from_json(told[0])
 
 
 def _timed(

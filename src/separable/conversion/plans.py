@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,6 +14,19 @@ from prettytable import PrettyTable
 from .forms import FORMS, Form, Shape, exact_rank, weights_per_position
 
 Quantity = Literal["macs", "params", "latency", "error"]
+
+
+class NothingToConvert(ValueError):
+    """A network has no convolution that can be converted.
+
+    Attributes:
+        why: what its convolutions are, if it has any.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        named = ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        self.why = f"no convolution can change ({named})" if named else "it has no convolution"
+        super().__init__("`model` has no convolution to convert" + (f" ({named})" if named else ""))
 
 
 class Budget(NamedTuple):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .forms import CONVS, TRANSPOSED, Shape
-from .moments import Moments, samples
+from .moments import Moments, is_convolution, samples
 
 BATCH = 32
 """inputs per batch where the calibration inputs come one by one"""
@@ -114,6 +114,8 @@ class Site:
     """output positions per network input, over all runs"""
     input_size: tuple[int, ...]
     """shape of the first run's input"""
+    plain: bool = True
+    """whether it computes its weight times its patches in its first run"""
 
 
 def convolutions(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -131,10 +133,15 @@ def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
     """Find the convolutions, in the order they first run in; those that never run come last."""
     names = convolutions(model)
     runs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    plain: dict[str, bool] = {}
 
     def record(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(conv: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             runs.setdefault(name, []).append((inputs[0].to("meta"), output.to("meta")))
+            if name not in plain:
+                plain[name] = isinstance(conv, TRANSPOSED) or is_convolution(
+                    conv, inputs[0], output
+                )
 
         return hook
 
@@ -154,6 +161,7 @@ def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
                 sum(i.numel() / module.in_channels for i, _ in seen) / _length(input),
                 sum(o.numel() / module.out_channels for _, o in seen) / _length(input),
                 tuple(seen[0][0].shape) if seen else (),
+                plain.get(name, True),
             )
         )
     return sites

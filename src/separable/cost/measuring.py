@@ -163,9 +163,9 @@ def measure_interleaved(
             times=tuple(times[i]),
             peak_memory_bytes=memory[i],
             threads=threads,
-            device=_device_name(devices[i]),
+            device=device_name(devices[i]),
             dtype=_dtype_names(tensors[i]),
-            versions=_versions(devices[i]),
+            versions=versions_of(devices[i]),
             layers=layers[i],
         )
         for i in range(len(models))
@@ -334,7 +334,8 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Name a device; a CPU with its vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -353,7 +354,8 @@ def _dtype_names(tensors: Sequence[Tensor]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def versions_of(device: torch.device) -> dict[str, str]:
+    """Versions of Python, PyTorch and this package, and of CUDA on such a device."""
     from separable import __version__
 
     versions = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .digits import Digits
+from ..training.digits import Digits
 
 BATCH = 32
 LEARNING_RATE = 0.2

@@ -19,13 +19,16 @@ from ..conversion import convert
 from ..cost import Account, Measurement, count, measure_interleaved
 from ..cost.account import Format, check_format, draw
 from ..models import mobilenet_v1
-from .digits import CLASSES, IMAGE_SIZE, Digits, load_digits
+from ..reporting import Findings, report
+from ..training.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
 from .learning import count_correct, fit, steps_per_epoch, wilson_interval
 
 BATCH = 64
 INPUT_SIZE = (BATCH, 1, IMAGE_SIZE, IMAGE_SIZE)
 # unlabelled training images that the conversion sees
 CALIBRATION = 640
+# shares of the convolutions' multiply-adds that the report shows beside the conversion's own
+FRONTIER = (0.3, 0.06)
 # on few cores the barriers of a busy machine cost more than a second thread gains
 THREADS = 1
 
@@ -209,7 +212,8 @@ def tell(out: Path, *, epochs: int = 10, seed: int = 0, width: float = 0.25) -> 
     The conversion sees training images without their labels, and its budget is the number of
     multiply-adds that the separable form has.
 
-    Writes the picture `demo.png` and the figures `demo.json` into `out` once all is done.
+    Writes the picture `demo.png`, the figures `demo.json` and the page `report.html` on the
+    conversion into `out` once all is done.
 
     Args:
         out: the folder, made where it does not exist.
@@ -219,19 +223,24 @@ def tell(out: Path, *, epochs: int = 10, seed: int = 0, width: float = 0.25) -> 
 
     Raises:
         ValueError: `epochs` is less than 1.
-        ImportError: matplotlib or scikit-learn is not installed.
+        ImportError: matplotlib, scikit-learn or plotly is not installed.
         OSError: `out` cannot be made or written.
     """
     if epochs < 1:
         raise ValueError(f"`epochs` (={epochs}) must be at least 1")
-    from .picture import draw_picture  # before the training, for matplotlib may be missing
+    # before the training, for matplotlib or plotly may be missing
+    from ..reporting import page  # noqa: F401
+    from .picture import draw_picture
 
     digits = load_digits()
     out.mkdir(parents=True, exist_ok=True)
     with _threads(THREADS), torch.random.fork_rng(devices=[]):
-        story = _compete(_networks(seed, width), digits, epochs, seed)
+        networks = _networks(seed, width)
+        story = _compete(networks, digits, epochs, seed)
+        findings = _findings(networks, digits, epochs, seed)
     draw_picture(story, out / "demo.png")
     (out / "demo.json").write_text(story.to_string("json") + "\n", encoding="utf-8")
+    findings.write(out / "report.html")
     return story
 
 
@@ -245,6 +254,7 @@ def _networks(seed: int, width: float) -> dict[str, nn.Module]:
 
 
 def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: int) -> Story:
+    """Train both networks, convert the regular one into `networks` too, and compare."""
     losses: dict[str, tuple[float, ...]] = {}
     steps = epochs * steps_per_epoch(digits)
     for name, network in networks.items():
@@ -257,8 +267,9 @@ def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: 
     macs = {name: count(network, INPUT_SIZE).macs for name, network in networks.items()}
     budget = f"macs={macs['separable'] / macs['regular']:.4f}"
     seen = digits.train_images[:CALIBRATION]
-    converted = convert(networks["regular"], seen, budget, seed=seed)
-    networks = {"regular": networks["regular"], "converted": converted, **networks}
+    trained = networks.pop("separable")
+    networks["converted"] = convert(networks["regular"], seen, budget, seed=seed)
+    networks["separable"] = trained
     measurements = measure_interleaved(list(networks.values()), digits.test_images[:BATCH])
     contenders = [
         Contender(
@@ -272,6 +283,23 @@ def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: 
         for (name, network), measurement in zip(networks.items(), measurements, strict=True)
     ]
     return Story(tuple(contenders), epochs, seed)
+
+
+def _findings(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: int) -> Findings:
+    """Report the regular network and its conversion, the trained separable one beside them."""
+    return report(
+        networks["regular"],
+        inputs=digits.test_images[:BATCH],
+        converted=networks["converted"],
+        calibration=digits.train_images[:CALIBRATION],
+        frontier=[f"macs={share}" for share in FRONTIER],
+        beside={"trained separable": networks["separable"]},
+        data=[(digits.test_images, digits.test_labels)],
+        threads=THREADS,
+        seed=seed,
+        title="MobileNetV1 for handwritten digits",
+        command=f"separable demo --epochs {epochs} --seed {seed}",
+    )
 
 
 @contextmanager

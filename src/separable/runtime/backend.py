@@ -24,6 +24,7 @@ def compile(
     threads: int | None = None,
     isa: str | None = None,
     dynamic_batch: bool = False,
+    fuse: bool = True,
 ) -> CompiledModel:
     """Generate machine code for a network, for this CPU and these shapes.
 
@@ -33,6 +34,8 @@ def compile(
         threads: how many cores one call may use; all that this process may use if `None`.
         isa: `"avx512"`, `"avx2"`, `"sse2"` or `"neon"`; the best one here if `None`.
         dynamic_batch: accept any batch size; samples then run one after another.
+        fuse: join convolutions, depthwise and pointwise ones above all, where that is estimated to
+            be faster.
 
     Returns:
         The compiled model. Operators without a kernel still run in torch; `explain()` names them.
@@ -57,7 +60,9 @@ def compile(
     weights = Weights()
     with torch.no_grad():
         exported = torch.export.export(model, args)
-        program = build(exported, machine, count, lambda p: exported_weights(p, model, weights))
+        program = build(
+            exported, machine, count, lambda p: exported_weights(p, model, weights), fuse
+        )
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert spec_in is not None
     assert spec_out is not None
@@ -74,6 +79,7 @@ def build(
     machine: machines.Machine,
     threads: int,
     constants: Callable[[torch.export.ExportedProgram], dict[str, Recipe]],
+    fuse: bool = True,
 ) -> Program:
     """Take an exported graph through all passes to a program that can run.
 
@@ -82,6 +88,7 @@ def build(
         machine: the CPU to generate for.
         threads: of one call.
         constants: by placeholder, how to read the weights of a graph.
+        fuse: join convolutions where that is estimated to be faster.
     """
 
     def translate(program: torch.export.ExportedProgram) -> Graph:
@@ -92,7 +99,7 @@ def build(
         graph = translate(exported)
     except NeedsFunctionalisation:
         graph = translate(exported.run_decompositions({}))
-    program = Program(schedule(optimise(graph), machine, threads), machine, threads)
+    program = Program(schedule(optimise(graph), machine, threads, fuse), machine, threads)
     program.pack()
     return program
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from . import machine as machines
 from .backend import compile as compile_model
+from .checking import TOLERANCE, deviation
+from .onnx_graph import onnx_program
 from .roofline import Peak
 
 Runner = Callable[[], Any]
 _BURST = 4  # runs per turn, the first of which only warms the caches
-_TOLERANCE = 1e-3  # of the largest output, by which a result may differ from eager's
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Benchmark:
     @property
     def advantage(self) -> float:
         """The best other median over that of `separable`; below 1 where it loses."""
-        times = {t.runtime: t.median for t in self.timings if t.median}
+        times = {t.runtime: t.median for t in self.timings if t.median and t.runtime != "unfused"}
         own = times.pop("separable", 0.0)
         return min(times.values()) / own if own and times else 0.0
 
@@ -125,7 +126,8 @@ def benchmark(
         model: in eval mode; takes and returns one float32 tensor.
         input_size: of its input.
         threads: that every runtime may use.
-        against: any of `"eager"`, `"channels_last"`, `"inductor"`, `"onnxruntime"`, `"openvino"`.
+        against: any of `"eager"`, `"channels_last"`, `"inductor"`, `"onnxruntime"`, `"openvino"`,
+            and `"unfused"`, which is `separable` with each convolution on its own.
         turns: how often each runtime's turn comes; each turn is three measured calls.
         network: its name in the result.
         isa: the instruction set of `separable`.
@@ -169,8 +171,8 @@ def _benchmark(
     errors: dict[str, float] = {}
     for name, run in list(runners.items()):
         result = torch.as_tensor(np.asarray(run()))
-        errors[name] = float((result - expected).abs().max() / expected.abs().max())
-        if not errors[name] < _TOLERANCE:
+        errors[name] = deviation(result, expected)
+        if not errors[name] < TOLERANCE:
             runners.pop(name)
             notes[name] = f"wrong output, error {errors[name]:.1e}"
     peak = Peak(compiled.program.machine)
@@ -217,11 +219,17 @@ def conditions(machine: machines.Machine) -> dict[str, str]:
 
 
 def _version(runtime: str) -> str:
-    package = {"onnxruntime": "onnxruntime", "openvino": "openvino", "separable": "separable"}
+    package = {"eager": "torch", "channels_last": "torch", "inductor": "torch"}
+    package["unfused"] = "separable"
     try:
-        return importlib.metadata.version(package.get(runtime, "torch")).split("-")[0]
+        return importlib.metadata.version(package.get(runtime, runtime)).split("-")[0]
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _unfused(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
+    compiled = compile_model(model, x, threads=threads, fuse=False)
+    return lambda: compiled(x)
 
 
 def _eager(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
@@ -252,19 +260,8 @@ def _inductor(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
 
 
 def _onnx(model: nn.Module, x: torch.Tensor) -> bytes:
-    import logging
-    import warnings
-
     file: Any = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-        finally:
-            logging.disable(logging.NOTSET)
-    assert program is not None
-    program.save(file)
+    onnx_program(model, (x,)).save(file)
     return bytes(file.getvalue())
 
 
@@ -299,6 +296,7 @@ def _openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
 
 
 _RUNTIMES: dict[str, Callable[[nn.Module, torch.Tensor, int], Runner]] = {
+    "unfused": _unfused,
     "eager": _eager,
     "channels_last": _channels_last,
     "inductor": _inductor,

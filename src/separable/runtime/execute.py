@@ -20,7 +20,7 @@ from .emit.kernel import Kernel
 from .graph import Node
 from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
-from .scheduling import Schedule, Step
+from .steps import Schedule, Step
 from .threads import address_of, driver_code, workers
 
 _FLOAT = 4  # bytes
@@ -66,7 +66,7 @@ class Program:
     """A schedule bound to machine code and memory.
 
     Attributes:
-        arena_bytes: activation memory of one call.
+        arena_bytes: activation memory of one call, what each thread needs for itself included.
         constant_bytes: packed weights.
     """
 
@@ -85,7 +85,10 @@ class Program:
             buffer.offset = offset
             offset += aligned(buffer.size)
         self._constants = offset
-        self.arena_bytes, self.constant_bytes = self._arena * _FLOAT, offset * _FLOAT
+        scratch = [b.size for s in steps for b, _ in s.arguments if b.kind == "scratch"]
+        self._scratch = aligned(max(scratch, default=0))
+        self._arena_floats = self._arena + threads * self._scratch
+        self.arena_bytes, self.constant_bytes = self._arena_floats * _FLOAT, offset * _FLOAT
         objects = objects or {}
         self._codes: dict[Kernel, jit.Code] = {}
         for step in steps:
@@ -112,7 +115,12 @@ class Program:
             "constant": 1,
             "input": 2 + buffer.number,
             "output": 2 + len(self.schedule.inputs) + buffer.number,
+            "scratch": -self._fixed_bases,
         }[buffer.kind]
+
+    @property
+    def _fixed_bases(self) -> int:
+        return 2 + len(self.schedule.inputs) + len(self.schedule.outputs)
 
     def _step_table(self) -> np.ndarray:
         table = np.zeros((len(self.schedule.steps), driver.STEP_WORDS), dtype=np.int64)
@@ -292,9 +300,12 @@ class Program:
 
     def _new_frame(self) -> _Frame:
         _LATE[:] = [frame for frame in _LATE if not frame.idle]
-        bases = np.zeros(2 + len(self.schedule.inputs) + len(self.schedule.outputs), dtype=np.int64)
-        arena = _aligned_floats(self._arena)
+        bases = np.zeros(self._fixed_bases + self.threads, dtype=np.int64)
+        arena = _aligned_floats(self._arena_floats)
         bases[0] = arena.data_ptr()
+        for slot in range(self.threads):
+            scratch = self._arena + slot * self._scratch
+            bases[self._fixed_bases + slot] = bases[0] + scratch * _FLOAT
         lines = len(self.schedule.steps) * (self.threads + 1)
         counters = np.zeros(lines * driver.LINE_WORDS, dtype=np.int64)
         jobs = []

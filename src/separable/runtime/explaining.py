@@ -10,12 +10,13 @@ from typing import Any
 from prettytable import PrettyTable, TableStyle
 
 from . import jit
-from .emit.conv import Conv
-from .emit.kernel import Kernel
+from .emit.chain import Chain, ChainTile
+from .emit.conv import Conv, ConvTile
+from .emit.kernel import Description, Kernel
 from .execute import Program
 from .memory import Buffer
 from .roofline import Peak
-from .scheduling import Step
+from .steps import Step
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Row:
         fused: the layers that run inside it.
         operation: the kernel's family, or torch's operator.
         shape: output sizes and channels, as the kernel sees them.
-        tile: pixels × vectors in registers, of a convolution.
+        tile: pixels × vectors in registers, of a convolution; rows per band, of a chain.
         macs: multiply-accumulates.
         traffic: bytes of each operand once.
         seconds: measured alone on one thread, the best of several; `None` where torch runs.
@@ -172,7 +173,7 @@ def _row(step: Step, seconds: float, peak: Peak) -> Row:
     layer = node.name if node else "copy"
     fused = tuple(dict.fromkeys(name for name in (node.absorbed if node else ()) if name != layer))
     sizes: dict[Buffer, int] = {buffer: buffer.size for buffer, _ in step.arguments}
-    traffic = 4 * sum(sizes.values())
+    traffic = 4 * sum(size for buffer, size in sizes.items() if buffer.kind != "scratch")
     if step.kernel is None:
         assert node is not None
         target = str(node.attributes["target"])
@@ -180,20 +181,32 @@ def _row(step: Step, seconds: float, peak: Peak) -> Row:
         return Row(layer, fused, target, shape, "", 0, traffic, None, 0.0, 0.0)
     does, tile = step.kernel.does, step.kernel.tile
     shape = "×".join(map(str, node.shape)) if node and node.shape else ""
-    kind = getattr(does, "kind", "")
-    operation = type(does).__name__.lower() + (f" {kind}" if kind else "")
-    if isinstance(does, Conv):
-        operation = "pointwise" if does.kernel == (1, 1) else "×".join(map(str, does.kernel))
     predicted = max(2 * does.macs / peak.flops, traffic / peak.bandwidth)
     return Row(
         layer=layer,
         fused=fused,
-        operation=operation,
+        operation=_operation(does),
         shape=shape,
-        tile=f"{tile.pixels}×{tile.vectors}" if tile else "",
+        tile=_cut(tile),
         macs=does.macs,
         traffic=traffic,
         seconds=seconds,
         predicted=predicted,
         peak_share=2 * does.macs / seconds / peak.flops,
     )
+
+
+def _operation(does: Description) -> str:
+    """A kernel in a word."""
+    if isinstance(does, Chain):
+        return " + ".join(map(_operation, does.stages))
+    if isinstance(does, Conv):
+        return "pointwise" if does.kernel == (1, 1) else "×".join(map(str, does.kernel))
+    kind = getattr(does, "kind", "")
+    return type(does).__name__.lower() + (f" {kind}" if kind else "")
+
+
+def _cut(tile: ConvTile | ChainTile | None) -> str:
+    if isinstance(tile, ChainTile):
+        return f"{tile.rows} rows"
+    return f"{tile.pixels}×{tile.vectors}" if tile else ""

@@ -30,22 +30,23 @@ from . import jit
 from . import machine as machines
 from .compiled import CompiledModel
 from .emit import driver
+from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
-from .emit.kernel import Description, Kernel
+from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
 from .emit.resample import ENTRY, Resample
 from .emit.window import Window
 from .execute import Program
 from .graph import Node
 from .memory import Buffer, aligned
-from .scheduling import Schedule, Step
+from .steps import Schedule, Step
 from .validation import footprints, parsed
 
 _MAGIC = b"separable-runtime"
 _FORMAT = 2
 _DIGEST = hashlib.sha256
-_KINDS: dict[str, type[Description]] = {
+_KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (Conv, Window, Map, Mean, Rows, Resample)
 }
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
@@ -253,14 +254,17 @@ def _node(layer: _Layer | None) -> Node | None:
 
 def _text(kernel: Kernel) -> str:
     tile = kernel.tile and dataclasses.asdict(kernel.tile)
-    return json.dumps([type(kernel.does).__name__, dataclasses.asdict(kernel.does), tile])
+    stages = kernel.does.stages if isinstance(kernel.does, Chain) else [kernel.does]
+    described = [(type(stage).__name__, dataclasses.asdict(stage)) for stage in stages]
+    return json.dumps([described, tile])
 
 
 def _kernel(text: str, machine: machines.Machine) -> Kernel:
-    kind, does, tile = json.loads(text)
-    return Kernel(
-        parsed(_KINDS[kind], does), machine, None if tile is None else parsed(ConvTile, tile)
-    )
+    described, tile = json.loads(text)
+    stages = [parsed(_KINDS[kind], stage) for kind, stage in described]
+    if len(stages) > 1:
+        return Kernel(Chain(tuple(stages)), machine, parsed(ChainTile, tile))
+    return Kernel(stages[0], machine, None if tile is None else parsed(ConvTile, tile))
 
 
 def _structure(text: str) -> pytree.TreeSpec:
@@ -292,7 +296,7 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
             shape = shapes[buffer.kind][buffer.number]
             if shape is None or math.prod(shape) != buffer.size:
                 raise ValueError(f"{buffer.kind} {buffer.number} has another size than its buffer")
-        elif buffer.kind not in ("arena", "constant"):
+        elif buffer.kind not in ("arena", "constant", "scratch"):
             raise ValueError(f"buffer of unknown kind {buffer.kind!r}")
         if (buffer.kind == "constant") != (buffer in constants):
             raise ValueError("`constants` are not the buffers of weights")
@@ -316,6 +320,9 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
                 )
         if arguments[-1][0].kind not in ("arena", "output"):
             raise ValueError("a kernel writes into weights or arguments")
+        passing = [i for i, (buffer, _) in enumerate(arguments) if buffer.kind == "scratch"]
+        if passing != ([len(arguments) - 2] if _is_chain(kernels[entry.kernel]) else []):
+            raise ValueError("buffers between stages belong to chains, and chains have one")
         steps.append(Step(_node(entry.layer), arguments, kernels[entry.kernel]))
 
     written = {
@@ -336,6 +343,10 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
         [output for output in outputs if output],
         list(header.shapes),
     )
+
+
+def _is_chain(kernel: Kernel) -> bool:
+    return isinstance(kernel.does, Chain)
 
 
 def _check_tables(schedule: Schedule, weights: torch.Tensor) -> None:

@@ -120,17 +120,28 @@ def _target(machine: Machine) -> llvm.TargetMachine:
     )
 
 
-def cache_folder() -> Path | None:
-    """The folder of compiled objects: `SEPARABLE_CACHE_DIR`, or one in the user's cache.
+def cache_path() -> Path | None:
+    """Where compiled objects go: below `SEPARABLE_CACHE_DIR`, or in the user's cache.
 
     Returns:
-        A folder only this user can enter, or `None` if `SEPARABLE_CACHE=0` or no such folder
-        can be had.
+        A folder, which need not be there yet, or `None` if `SEPARABLE_CACHE=0`.
     """
     if os.environ.get("SEPARABLE_CACHE") == "0":
         return None
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("SEPARABLE_CACHE_DIR") or Path(base) / "separable") / "kernels"
+    return Path(os.environ.get("SEPARABLE_CACHE_DIR") or Path(base) / "separable") / "kernels"
+
+
+def cache_folder() -> Path | None:
+    """The folder of compiled objects, made if need be.
+
+    Returns:
+        A folder only this user can enter, or `None` if the cache is off or no such folder can
+        be had.
+    """
+    folder = cache_path()
+    if folder is None:
+        return None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.lstat()

@@ -15,7 +15,8 @@ class Buffer:
     """A run of floats.
 
     Attributes:
-        kind: `"arena"`, `"constant"`, `"input"` or `"output"`.
+        kind: `"arena"`, `"constant"`, `"input"`, `"output"`, or `"scratch"` for what a thread needs
+            within one step.
         size: in floats.
         number: of the argument or result; which one among its kind.
         offset: in floats, from the start of the arena or the constants.

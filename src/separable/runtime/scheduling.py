@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,55 +24,27 @@ from .emit.reduction import Mean, Rows
 from .emit.resample import Resample
 from .emit.tiling import merge_axes
 from .emit.window import Window
+from .fusing import fuse_chains
 from .graph import Graph, Node, Recipe
 from .machine import Machine
 from .memory import Buffer, Place, dense
+from .steps import Schedule, Step
 from .tiles import choose_tile
 
 
-@dataclass(eq=False)
-class Step:
-    """One kernel launch, or one call of a torch operator.
+def schedule(graph: Graph, machine: Machine, threads: int, fuse: bool = True) -> Schedule:
+    """Choose memory and kernels for every node.
 
-    Attributes:
-        node: what it computes; `None` for a copy.
-        arguments: buffers and offsets in floats, in the kernel's order, the output last.
-        kernel: the kernel, or `None` where torch runs.
-        results: a torch step's operands by node.
-        output: where a torch step's result goes, or `None` if it is no float32 tensor.
+    Args:
+        graph: what to compute.
+        machine: the CPU it runs on.
+        threads: of one call.
+        fuse: join convolutions into chains where that is estimated to be faster.
     """
-
-    node: Node | None
-    arguments: list[tuple[Buffer, int]]
-    kernel: Kernel | None = None
-    operands: dict[Node, Place] = field(default_factory=dict)
-    output: Place | None = None
-
-
-@dataclass(eq=False)
-class Schedule:
-    """All steps in order, with the memory they need.
-
-    Attributes:
-        steps: in execution order.
-        constants: buffers of packed weights and the recipes that fill them.
-        arguments: the graph's inputs.
-        inputs: per argument, its buffer; `None` if it is no float32 tensor.
-        outputs: per result, its buffer, or the node of a result that only torch holds.
-        shapes: per result, its shape; `None` if it is no float32 tensor.
-    """
-
-    steps: list[Step]
-    constants: list[tuple[Buffer, Recipe]]
-    arguments: list[Node]
-    inputs: list[Buffer | None]
-    outputs: list[Buffer | Node]
-    shapes: list[tuple[int, ...] | None]
-
-
-def schedule(graph: Graph, machine: Machine, threads: int) -> Schedule:
-    """Choose memory and kernels for every node."""
-    return _Scheduler(graph, machine, threads).run()
+    result = _Scheduler(graph, machine, threads).run()
+    if fuse:
+        result.steps = fuse_chains(result.steps, machine, threads)
+    return result
 
 
 def _channels_last(rank: int) -> tuple[int, ...]:

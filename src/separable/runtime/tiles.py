@@ -10,16 +10,28 @@ _TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the o
 _PAGE = 4096  # bytes between addresses that compete for the same cache lines
 
 
-def choose_tile(conv: Conv, machine: Machine, threads: int) -> ConvTile:
-    """Pick the tile with the fewest estimated cycles, and tasks that fit half the L2 cache."""
+def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) -> ConvTile:
+    """Pick the tile with the fewest estimated cycles, and tasks that fit half the L2 cache.
+
+    Args:
+        conv: the convolution.
+        machine: the CPU it runs on.
+        threads: of one call.
+        vectors: of output channels per block; the best number if 0.
+    """
     total = -(-conv.channels[1] // machine.width)
     candidates = [
         (pixels, vectors)
-        for vectors in range(1, 9)
+        for vectors in ([vectors] if vectors else range(1, 9))
         for pixels in range(1, 17)
         if _fits(pixels, vectors, machine) and vectors <= total and pixels <= conv.size[1]
     ]
-    pixels, vectors = min(candidates, key=lambda tile: (_cycles(conv, machine, *tile), -tile[1]))
+
+    def cycles(tile: tuple[int, int]) -> tuple[float, int]:
+        sizes = even_sizes(conv.size[1], tile[0])
+        return block_cycles(conv, machine, sizes, tile[1]), -tile[1]
+
+    pixels, vectors = min(candidates, key=cycles)
     blocks = len(even_sizes(conv.size[1], pixels))
     panels = len(even_sizes(total, vectors))
     rows = conv.batch * conv.size[0]
@@ -56,18 +68,19 @@ def _fits(pixels: int, vectors: int, machine: Machine) -> bool:
     return pixels * vectors + vectors + 1 + (not machine.fma) <= machine.registers
 
 
-def _cycles(conv: Conv, machine: Machine, pixels: int, vectors: int) -> float:
+def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -> float:
+    """Estimated cycles of blocks of these sizes, in pixels, over all output channels."""
     total = -(-conv.channels[1] // machine.width)
     arithmetic = 0.5 if machine.fma else 1.0
     cycles = 0.0
-    for m, count in _counts(even_sizes(conv.size[1], pixels)):
+    for m, count in _counts(sizes):
         for n, panels in _counts(even_sizes(total, vectors)):
             # Two multiply-adds and two loads a cycle; four cycles until a sum can be added to.
             step = max(arithmetic * m * n, (m + n) / 2, 4.0)
             # Long sums hide the start and the epilogue of a block, short ones do not.
             cycles += count * panels * (step * conv.depth + 2 * m * n + 10)
     # Pixels a page apart fall into the same cache set, which holds eight lines at most.
-    if conv.x_strides[2] * 4 % _PAGE == 0 and pixels > 4:
+    if conv.x_strides[2] * 4 % _PAGE == 0 and max(sizes) > 4:
         cycles *= 1.5
     return cycles
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from .emit import resample
-from .emit.conv import Conv
+from .emit import chain, resample
+from .emit.chain import Chain, ChainTile
+from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.expression import PRIMITIVES, Expression, operands_of
 from .emit.kernel import Kernel
@@ -89,12 +92,44 @@ def footprints(kernel: Kernel) -> list[int]:
     Raises:
         ValueError: if the description contradicts itself.
     """
-    does = kernel.does
-    lengths, operands = _FOOTPRINTS[type(does)](does, kernel)
-    used = operands_of(getattr(does, "epilogue", ("x", 0)))
+    if isinstance(kernel.does, Chain):
+        return _chain(kernel.does, kernel)
+    lengths, operands = _FOOTPRINTS[type(kernel.does)](kernel.does, kernel)
+    used = operands_of(getattr(kernel.does, "epilogue", ("x", 0)))
     if max(used, default=0) >= operands:
         raise ValueError(f"epilogue reads operand {max(used)}, the kernel has {operands}")
     return lengths
+
+
+def _chain(does: Chain, kernel: Kernel) -> list[int]:
+    tile, stages = kernel.tile, does.stages
+    if not isinstance(tile, ChainTile) or not all(isinstance(s, Conv | Window) for s in stages):
+        raise ValueError("a chain is of convolutions and windows, and needs a `tile`")
+    first, *inner, last = stages
+    _require(
+        batch=all(stage.batch == first.batch for stage in stages),
+        groups=all(isinstance(stage, Window) or stage.groups == 1 for stage in stages),
+        extra_strides=not any(stage.extra_strides for stage in stages[:-1]),
+        rows=1 <= tile.rows <= last.size[0],
+        bands=tile.bands >= 1,
+        tiles=all(cut is None or cut.rows == cut.panels == 1 for cut in tile.tiles),
+    )
+    for before, after in itertools.pairwise(stages):
+        inputs = after.channels[0] if isinstance(after, Conv) else after.channels
+        if before.size != after.in_size or chain.outputs(before) != inputs:
+            raise ValueError("a stage of a chain does not fit the one before")
+    if chain.joined(stages) != does:
+        raise ValueError("the buffers of a chain have strides of their own")
+    # Between stages lies one image at a time; the first one's results have no other place.
+    height, width, channels = *first.size, chain.outputs(first)
+    dense = (height * width * channels, width * channels, channels)
+    alone = [replace(first, y_strides=dense), *(replace(stage, batch=1) for stage in inner), last]
+    parts = [
+        footprints(Kernel(stage, kernel.machine, cut))
+        for stage, cut in zip(alone, tile.tiles, strict=True)
+    ]
+    operands = [length for part in parts for length in part[1:-1]]
+    return [parts[0][0], *operands, chain.scratch_size(does, tile.rows), parts[-1][-1]]
 
 
 def _reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
@@ -136,7 +171,7 @@ def _sliding(does: Conv | Window) -> None:
 def _conv(does: Conv, kernel: Kernel) -> tuple[list[int], int]:
     tile = kernel.tile
     _sliding(does)
-    if tile is None:
+    if not isinstance(tile, ConvTile):
         raise ValueError("a convolution needs a `tile`")
     inputs, outputs = does.channels
     _require(

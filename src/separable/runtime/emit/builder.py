@@ -27,23 +27,28 @@ class Builder:
 
     Attributes:
         machine: the CPU it is emitted for.
+        body: the function that is being written.
         pointers: the kernel's arguments.
         begin: first task.
         end: one past the last task.
     """
 
-    def __init__(self, machine: Machine, arguments: int) -> None:
+    def __init__(
+        self, machine: Machine, arguments: int, inside: Builder | None = None, name: str = "body"
+    ) -> None:
+        """Begin a kernel, or a function `name` that the kernel `inside` can `call`."""
         self.machine = machine
         self.width = machine.width
         self.vector = ir.VectorType(F32, machine.width)
-        self.module = ir.Module()
-        body = ir.Function(
-            self.module, ir.FunctionType(ir.VoidType(), [PTR] * arguments + [I64, I64]), "body"
+        self.module: ir.Module = inside.module if inside else ir.Module()
+        self.body = body = ir.Function(
+            self.module, ir.FunctionType(ir.VoidType(), [PTR] * arguments + [I64, I64]), name
         )
         body.linkage = "internal"
         for pointer in body.args[:arguments]:
             pointer.add_attribute("noalias")
-        self._wrap(body, arguments)
+        if inside is None:
+            self._wrap(body, arguments)
         self.ir = ir.IRBuilder(body.append_basic_block())
         self.pointers: list[Value] = list(body.args[:arguments])
         self.begin, self.end = body.args[arguments:]
@@ -61,8 +66,16 @@ class Builder:
 
     def finish(self) -> str:
         """End the kernel and return the module's text."""
-        self.ir.ret_void()
+        self.end_body()
         return str(self.module)
+
+    def end_body(self) -> None:
+        """End the function."""
+        self.ir.ret_void()
+
+    def call(self, function: ir.Function, pointers: list[Value], begin: Index, end: Index) -> None:
+        """Run the tasks `begin <= t < end` of another function of this module."""
+        self.ir.call(function, [*pointers, self.index(begin), self.index(end)])
 
     # -- integers -----------------------------------------------------------------------------
 
@@ -224,6 +237,11 @@ class Builder:
                 self.ir.store(part, self.at(pointer, done), align=4)
                 done += piece
             piece //= 2
+
+    def prefetch(self, pointer: Value) -> None:
+        """Ask for a cache line, to be in the L2 cache when it is read."""
+        function = self._declare("llvm.prefetch.p0", ir.VoidType(), [PTR, I32, I32, I32])
+        self.ir.call(function, [pointer, I32(0), I32(2), I32(1)])
 
     def load_scalar(self, pointer: Value) -> Value:
         """Load one float."""

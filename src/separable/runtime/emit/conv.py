@@ -12,7 +12,7 @@ convolution over dense memory is one row of N·H·W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from .expression import Expression
 from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, window_runs
 
 _UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
+_LINE = 16  # floats
 _CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
 
 
@@ -138,7 +139,26 @@ def pack(
 
 def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
     """Generate the kernel; its arguments are input, weights, bias, extras and output."""
-    return _Emitter(conv, tile, machine).text
+    b = Builder(machine, 4 + len(conv.extra_strides))
+    define(conv, tile, b)
+    return b.finish()
+
+
+def define(conv: Conv, tile: ConvTile, b: Builder, by_pixel: bool = False) -> None:
+    """Write the kernel into `b`.
+
+    Args:
+        conv: the convolution.
+        tile: how it is cut.
+        b: a function with the kernel's arguments.
+        by_pixel: let each pixel be a task, of a pointwise convolution that is one row. At least
+            `tile.pixels` must be run at once; the last block may overlap the one before.
+    """
+    emitter = _Emitter(conv, tile, b)
+    if by_pixel:
+        emitter.pixels()
+    else:
+        b.loop(b.begin, b.end, emitter.task)
 
 
 @dataclass(frozen=True)
@@ -161,20 +181,19 @@ class _Panel:
 
 
 class _Emitter:
-    def __init__(self, conv: Conv, tile: ConvTile, machine: Machine) -> None:
-        self.conv, self.tile, self.machine = conv, tile, machine
-        self.b = b = Builder(machine, 4 + len(conv.extra_strides))
+    def __init__(self, conv: Conv, tile: ConvTile, b: Builder) -> None:
+        self.conv, self.tile, self.b = conv, tile, b
         self.x, self.w, self.bias, *self.extras, self.y = b.pointers
         inputs, outputs = conv.channels
-        self.padded = -(-outputs // machine.width) * machine.width
+        self.padded = -(-outputs // b.width) * b.width
         self.runs = window_runs(conv, tile.pixels)
         # Taps of a row that lie behind one another in memory are one longer row of channels.
         self.joined = (
             conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and conv.dilation[1] == 1
         )
-        self.panels = vector_panels(outputs, machine.width, tile.vectors)
-        b.loop(b.begin, b.end, self.task)
-        self.text = b.finish()
+        self.panels = vector_panels(outputs, b.width, tile.vectors)
+        self.blocks = sum(run.count for run in self.runs)
+        self.turns = tile.rows * min(tile.blocks, self.blocks)
 
     def task(self, t: Index) -> None:
         b, conv, tile = self.b, self.conv, self.tile
@@ -183,30 +202,57 @@ class _Emitter:
         last_row = b.minimum(b.add(first_row, tile.rows), conv.batch * conv.size[0])
         first_block = b.mul(columns, tile.blocks)
         last_block = b.add(first_block, tile.blocks)
-        inputs, outputs = conv.channels
-        x = b.at(self.x, b.mul(group, inputs * conv.x_strides[3]))
+        x = b.at(self.x, b.mul(group, conv.channels[0] * conv.x_strides[3]))
+
+        def panel(panel: _Panel) -> None:
+            def row(r: Index) -> None:
+                turn = b.mul(b.add(r, b.mul(first_row, -1)), self.blocks)
+                turn = b.add(turn, b.mul(first_block, -1))
+                for run in self.runs:
+                    self.row_of_blocks(run, r, first_block, last_block, x, panel, turn)
+
+            b.loop(first_row, last_row, row)
+
+        self.each_panel(group, share, panel)
+
+    def pixels(self) -> None:
+        b, size = self.b, self.tile.pixels
+        run = Run(0, 1, 0, size, ((0, size),))
+        blocks = b.divmod(b.add(b.add(b.end, size - 1), b.mul(b.begin, -1)), size)[0]
+        self.turns = 0  # these weights are read again and again, and are in the cache
+
+        def panel(panel: _Panel) -> None:
+            def block(number: Index) -> None:
+                column = b.add(b.begin, b.mul(number, size))
+                position = (0, 0, b.minimum(column, b.add(b.end, -size)))
+                sums = self.taps(run, position, self.x, panel, 0)
+                self.epilogue(run, position, sums, panel)
+
+            b.loop(0, blocks, block)
+
+        self.each_panel(0, 0, panel)
+
+    def each_panel(self, group: Index, share: Index, body: Callable[[_Panel], None]) -> None:
+        """Emit `body` for all panels of a group that belong to one share."""
+        b, conv = self.b, self.conv
         w = b.at(self.w, b.mul(group, self.padded * conv.depth))
-        out_channel = b.mul(group, outputs)
+        out_channel = b.mul(group, conv.channels[1])
 
         def panel_run(first: int, count: int, vectors: int, tail: int) -> None:
             low, high = self._share(share, first, count, vectors)
 
             def one(p: Index) -> None:
                 vector = b.add(first, b.mul(p, vectors))
-                lane = b.mul(vector, self.machine.width)
-                panel = _Panel(
-                    weights=b.at(w, b.mul(lane, conv.depth)),
-                    bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
-                    channel=b.add(out_channel, lane),
-                    vectors=vectors,
-                    tail=tail,
+                lane = b.mul(vector, b.width)
+                body(
+                    _Panel(
+                        weights=b.at(w, b.mul(lane, conv.depth)),
+                        bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
+                        channel=b.add(out_channel, lane),
+                        vectors=vectors,
+                        tail=tail,
+                    )
                 )
-
-                def row(r: Index) -> None:
-                    for run in self.runs:
-                        self.row_of_blocks(run, r, first_block, last_block, x, panel)
-
-                b.loop(first_row, last_row, row)
 
             b.loop(low, high, one)
 
@@ -218,7 +264,7 @@ class _Emitter:
         if self.tile.panels == 1:
             return 0, count
         b = self.b
-        total = self.padded // self.machine.width
+        total = self.padded // b.width
 
         def bound(s: Index) -> Index:
             # ceil((s × total / panels - first) / vectors), clipped to the run
@@ -229,7 +275,14 @@ class _Emitter:
         return bound(share), bound(b.add(share, 1))
 
     def row_of_blocks(
-        self, run: Run, r: Index, first_block: Index, last_block: Index, x: Value, panel: _Panel
+        self,
+        run: Run,
+        r: Index,
+        first_block: Index,
+        last_block: Index,
+        x: Value,
+        panel: _Panel,
+        turn: Index,
     ) -> None:
         b, conv = self.b, self.conv
         image, row = b.divmod(r, conv.size[0])
@@ -238,7 +291,7 @@ class _Emitter:
 
         def block(number: Index) -> None:
             column = b.add(run.start, b.mul(b.add(number, -run.first), run.size))
-            sums = self.taps(run, (image, row, column), x, panel)
+            sums = self.taps(run, (image, row, column), x, panel, b.add(turn, number))
             self.epilogue(run, (image, row, column), sums, panel)
 
         if len(self.runs) == 1 and self.tile.blocks >= run.count:
@@ -252,7 +305,9 @@ class _Emitter:
                 block,
             )
 
-    def taps(self, run: Run, position: Sequence[Index], x: Value, panel: _Panel) -> list[Value]:
+    def taps(
+        self, run: Run, position: Sequence[Index], x: Value, panel: _Panel, turn: Index
+    ) -> list[Value]:
         b, conv = self.b, self.conv
         image, row, column = position
         kw, inputs = conv.kernel[1], conv.channels[0]
@@ -267,7 +322,7 @@ class _Emitter:
             if run.inside and self.joined:
                 pixels = run.taps[0]
                 return self.channels(
-                    source, weights, kw * inputs, list(sums), pixels, panel.vectors
+                    source, weights, kw * inputs, list(sums), pixels, panel.vectors, turn
                 )
             result = list(sums)
             for kx in range(kw):
@@ -278,6 +333,7 @@ class _Emitter:
                     result,
                     run.taps[kx],
                     panel.vectors,
+                    turn,
                 )
             return result
 
@@ -295,6 +351,7 @@ class _Emitter:
         sums: list[Value],
         pixels: tuple[int, int],
         vectors: int,
+        turn: Index,
     ) -> list[Value]:
         """Add `depth` products to the accumulators of the pixels `low <= i < high`."""
         b, conv = self.b, self.conv
@@ -318,6 +375,9 @@ class _Emitter:
             first, weights = b.at(x, b.mul(start, step)), b.at(w, b.mul(start, lanes))
 
             def products(k: Index, *sums: Value) -> list[Value]:
+                for line in range(lines):
+                    at = b.mul(b.add(start, k), _LINE * lines // unroll)
+                    b.prefetch(b.at(following, at, _LINE * line))
                 source, columns = b.at(first, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
                 result = list(sums)
                 for ahead in range(unroll):
@@ -340,6 +400,12 @@ class _Emitter:
         unroll = 4 if depth % 3 else 3
         if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
             unroll = 1
+        # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
+        lines = 0
+        if self.turns > 1 and unroll < depth:
+            share = -(-depth * lanes // self.turns)
+            following = b.at(w, b.mul(turn, share), conv.depth * lanes)
+            lines = -(-unroll * lanes // self.turns // _LINE)
         if conv.depth <= _CHAIN:
             return chain(0, depth, sums)
         parts = -(-depth // _CHAIN)

@@ -5,7 +5,8 @@ who finishes a share takes tasks from the others, and nobody goes on before all 
 thread that the system does not run holds nothing up but the one task it has begun.
 
     job:    steps, first, last, bases, counters, slots, active, yield
-    step:   kernel, tasks, arguments, (base, offset in bytes) per argument
+    step:   kernel, tasks, arguments, (base, offset in bytes) per argument; a base of -n is that of
+            the thread, number n + slot
     worker: mailbox, sleeping, slot, reader, writer, read, write
 
 Counters are one cache line each: per step one per share (tasks taken), then one (tasks done).
@@ -108,7 +109,7 @@ class _Driver:
         b.position_at_end(body)
         step = self.word(steps, b.mul(number, I64(STEP_WORDS)))
         kernel, tasks, arguments = (self.get(step, i) for i in range(3))
-        self._resolve(step, arguments, bases, pointers)
+        self._resolve(step, arguments, bases, slot, pointers)
 
         def run(begin: Value, end: Value) -> None:
             self.call(kernel, _VOID, [pointers, begin, end])
@@ -141,7 +142,9 @@ class _Driver:
         with self.b.goto_block(entry):
             return self.field(job, "first")
 
-    def _resolve(self, step: Value, count: Value, bases: Value, pointers: Value) -> None:
+    def _resolve(
+        self, step: Value, count: Value, bases: Value, slot: Value, pointers: Value
+    ) -> None:
         """Turn (base, offset) pairs into addresses."""
         b = self.b
         before = b.block
@@ -151,7 +154,9 @@ class _Driver:
         i = b.phi(I64)
         i.add_incoming(I64(0), before)
         pair = b.add(b.shl(i, I64(1)), I64(3))
-        base = self.get(bases, self.get(step, pair))
+        number = self.get(step, pair)
+        own = b.icmp_signed("<", number, I64(0))
+        base = self.get(bases, b.select(own, b.sub(slot, number), number))
         offset = self.get(step, b.add(pair, I64(1)))
         address = b.gep(b.inttoptr(base, PTR), [offset], source_etype=ir.IntType(8))
         b.store(address, b.gep(pointers, [i], source_etype=PTR))

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..machine import Machine
-from . import conv, elementwise, reduction, resample, window
+from . import chain, conv, elementwise, reduction, resample, window
+from .chain import Chain, ChainTile
 from .conv import Conv, ConvTile
 from .elementwise import Map
 from .reduction import Mean, Rows
 from .resample import Resample
 from .window import Window
 
-Description = Conv | Window | Map | Mean | Rows | Resample
+Description = Conv | Window | Chain | Map | Mean | Rows | Resample
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,25 @@ class Kernel:
     Attributes:
         does: what is computed.
         machine: the CPU it runs on.
-        tile: how a convolution is cut.
+        tile: how a convolution or a chain is cut.
     """
 
     does: Description
     machine: Machine
-    tile: ConvTile | None = None
+    tile: ConvTile | ChainTile | None = None
 
     @property
     def tasks(self) -> int:
         """How many independent tasks the work is cut into."""
         match self.does:
             case Conv():
-                assert self.tile
+                assert isinstance(self.tile, ConvTile)
                 return math.prod(conv.task_grid(self.does, self.tile))
             case Window():
                 return window.tasks(self.does)
+            case Chain():
+                assert isinstance(self.tile, ChainTile)
+                return chain.tasks(self.does, self.tile)
             case Map():
                 return elementwise.tasks(self.does, self.machine)
             case Mean():
@@ -60,10 +64,13 @@ def _ir(kernel: Kernel) -> str:
     does, machine = kernel.does, kernel.machine
     match does:
         case Conv():
-            assert kernel.tile
+            assert isinstance(kernel.tile, ConvTile)
             return conv.emit(does, kernel.tile, machine)
         case Window():
             return window.emit(does, machine)
+        case Chain():
+            assert isinstance(kernel.tile, ChainTile)
+            return chain.emit(does, kernel.tile, machine)
         case Map():
             return elementwise.emit(does, machine)
         case Mean():

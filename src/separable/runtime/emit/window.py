@@ -121,21 +121,25 @@ def emit(window: Window, machine: Machine) -> str:
 
     A pool has no weights and bias.
     """
-    return _Emitter(window, machine).text
+    b = Builder(machine, (4 if window.kind == "conv" else 2) + len(window.extra_strides))
+    define(window, b)
+    return b.finish()
+
+
+def define(window: Window, b: Builder) -> None:
+    """Write the kernel into `b`, a function with its arguments."""
+    b.loop(b.begin, b.end, _Emitter(window, b).row)
 
 
 class _Emitter:
-    def __init__(self, window: Window, machine: Machine) -> None:
-        self.window, self.machine = window, machine
+    def __init__(self, window: Window, b: Builder) -> None:
+        self.window, self.b = window, b
         weighted = window.kind == "conv"
-        self.b = b = Builder(machine, (4 if weighted else 2) + len(window.extra_strides))
         self.x, *others, self.y = b.pointers
         self.w, self.bias = others[:2] if weighted else (self.x, self.x)
         self.extras = others[2:] if weighted else others
         self.padded = -(-window.channels // b.width) * b.width
-        self.runs = window_runs(window, pixels_per_block(window, machine))
-        b.loop(b.begin, b.end, self.row)
-        self.text = b.finish()
+        self.runs = window_runs(window, pixels_per_block(window, b.machine))
 
     def row(self, task: Index) -> None:
         b, window = self.b, self.window

@@ -14,7 +14,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Digits:
-    """Images `[N, 1, 32, 32]`, standardised, and labels `[N]` from 0 to 9."""
+    """Images `[N, 1, size, size]`, standardised, and labels `[N]` from 0 to 9."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -22,14 +22,15 @@ class Digits:
     test_labels: Tensor
 
 
-def load_digits(test_share: float = 0.3) -> Digits:
+def load_digits(test_share: float = 0.3, image_size: int = IMAGE_SIZE) -> Digits:
     """Return the 1797 digits of scikit-learn (Alpaydin & Kaynak 1998), in a fixed split.
 
-    The 8×8 images are upsampled to 32×32 bilinearly and standardised by the mean and the standard
-    deviation of the training images.
+    The 8×8 images are resized to `image_size` bilinearly and standardised by the mean and the
+    standard deviation of the training images.
 
     Args:
         test_share: share of the images to test on, drawn from each class alike.
+        image_size: height and width.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -51,7 +52,7 @@ def load_digits(test_share: float = 0.3) -> Digits:
     )
     train, test = (
         F.interpolate(
-            torch.tensor(raw, dtype=torch.float32).unsqueeze(1), size=IMAGE_SIZE, mode="bilinear"
+            torch.tensor(raw, dtype=torch.float32).unsqueeze(1), size=image_size, mode="bilinear"
         )
         for raw in (train_raw, test_raw)
     )

@@ -1,0 +1,230 @@
+"""The last pass: all converted layers together, towards the original's outputs, without labels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .forms import SeparatedConv
+from .sites import Inputs, divergence, is_logits, tensors
+
+STEPS, SAMPLES = 300, 64
+"""optimiser steps, and inputs in each"""
+WORK = 1e12
+"""multiply-adds to spend; networks too large for a tenth of the steps are left as they are"""
+RATE = 0.02
+"""largest step of a weight relative to its tensor's root mean square"""
+TEMPERATURE = 4.0
+"""of the outputs that are compared (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"""
+KEPT = 1024
+"""inputs held in memory"""
+
+
+def refined(
+    converted: nn.Module,
+    original: nn.Module,
+    inputs: Inputs,
+    macs: float,
+    seed: int,
+    progress: bool,
+) -> nn.Module | None:
+    """Move the weights of all converted layers together to where the outputs are the original's.
+
+    The sequential fit settles each layer before the ones after it; what they could take up of its
+    error is lost. Adam (Kingma and Ba 2015, arXiv:1412.6980) lowers
+
+        T² KL(p_T ‖ p'_T) + Σ ‖y' − y‖² / E‖y − E y‖²,
+
+    p_T the softmax of the outputs over T, y the outputs of each converted layer. Every other step
+    sees blends of two inputs (Zhang et al. 2018, arXiv:1710.09412), without which a few hundred
+    inputs are learned by heart. A step takes the same share of each batch, so it does not depend
+    on how batches are divided among processes.
+
+    Args:
+        converted: the converted network in eval mode; it is left as it was.
+        original: the network it comes from, in eval mode.
+        inputs: calibration inputs.
+        macs: multiply-adds per input of a step: one pass of the original, three of the other.
+        seed: of every draw.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A refined copy, or None where it is no better on blends that no step has seen, or the
+        network is too large.
+    """
+    result = copy.deepcopy(converted)
+    names = [name for name, m in result.named_modules() if isinstance(m, SeparatedConv)]
+    if not names or macs * SAMPLES * STEPS / 10 > WORK:
+        return None
+    count = _summed(torch.tensor(float(inputs.count))).item()
+    share = min(1.0, KEPT / count)
+    kept = [batch[: max(1, math.floor(share * len(batch)))] for batch in inputs]
+    part = min(1.0, SAMPLES / (share * count))
+    drawn = _summed(torch.tensor(float(sum(_drawn(batch, part) for batch in kept)))).item()
+    steps = max(1, int(min(STEPS, WORK / max(macs * drawn, 1.0))))
+    scales = _variances(original, names, kept)
+    weights, rates = _parameters(result, names, scales)
+    flags = [parameter.requires_grad for parameter in result.parameters()]
+    result.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    groups = [{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=True)]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(seed)
+    for step in tqdm(range(steps), desc="refining", unit="step", disable=not progress):
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * _schedule(step / steps)
+        slopes = [torch.zeros_like(weight) for weight in weights]
+        for batch in _draws(kept, part, generator, blend=step % 2 == 1):
+            with torch.enable_grad():
+                loss = _loss(result, original, names, scales, batch) / drawn
+            if not loss.requires_grad:
+                return None  # the outputs do not depend on the weights, or hide how
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            for slope, more in zip(slopes, found, strict=True):
+                if more is not None:
+                    slope += more
+        _summed(*slopes)
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope
+        optimiser.step()
+    for parameter, flag in zip(result.parameters(), flags, strict=True):
+        parameter.grad = None
+        parameter.requires_grad_(flag)
+    fresh = list(_draws(kept, 1.0, generator, blend=True))
+    better = divergence(result, original, fresh) < divergence(converted, original, fresh)
+    return result if better else None
+
+
+def _drawn(batch: Tensor, part: float) -> int:
+    return max(1, round(part * len(batch)))
+
+
+def _draws(
+    batches: Iterable[Tensor], part: float, generator: torch.Generator, blend: bool
+) -> Iterator[Tensor]:
+    """The inputs of a step, joined where their sizes allow."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    found: dict[torch.Size, list[Tensor]] = {}
+    for batch in batches:
+        same = torch.Generator().manual_seed(seed)  # the same draw for each batch
+        count = _drawn(batch, part)
+        first, second = (torch.randperm(len(batch), generator=same)[:count] for _ in range(2))
+        taken = batch[first]
+        if blend and batch.is_floating_point():
+            weight = torch.rand(count, generator=same).to(batch)
+            taken = taken.lerp(batch[second], weight.view(-1, *[1] * (batch.dim() - 1)))
+        found.setdefault(taken.shape[1:], []).append(taken)
+    for group in found.values():
+        yield torch.cat(group)
+
+
+def _schedule(time: float) -> float:
+    """Up within a tenth of the time, then down to nothing on a cosine."""
+    return time / 0.1 if time < 0.1 else 0.5 * (1 + math.cos(math.pi * (time - 0.1) / 0.9))
+
+
+def _summed(*tensors: Tensor) -> Tensor:
+    """Sum tensors over all processes, in place; returns the first."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors[0]
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Gather the outputs of the named modules, in the order of their runs."""
+    seen: list[tuple[str, Tensor]] = []
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append((name, output))
+            return output.clone()  # what follows may write in place
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _variances(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """Variance of each channel's values, averaged over the channels of each layer, per value."""
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        with _watched(model, names) as seen:
+            model(batch)
+        for name, output in seen:
+            channel = output.dim() - 1 - _dims(model, name)
+            values = output.double().movedim(channel, 0).flatten(1)
+            moments = [torch.full_like(values[:, 0], values.shape[1])]
+            moments += [values.sum(1), values.square().sum(1)]
+            sums[name] = sums.get(name, 0) + torch.stack(moments)
+    result = {}
+    for name in sorted(sums):
+        count, first, second = _summed(sums[name])
+        result[name] = (second / count - (first / count).square()).mean().clamp_min(1e-30)
+    return result
+
+
+def _dims(model: nn.Module, name: str) -> int:
+    conv: Any = model.get_submodule(name)
+    return len(conv.kernel_size)
+
+
+def _parameters(
+    model: nn.Module, names: Iterable[str], variances: dict[str, Tensor]
+) -> tuple[list[nn.Parameter], list[float]]:
+    """The parameters of the converted layers, and the most that a step may move each by.
+
+    Weights move relative to their own size, biases relative to the deviation of the outputs.
+    """
+    weights, rates = [], []
+    for name in names:
+        for key, parameter in model.get_submodule(name).named_parameters():
+            size = variances[name] if key.endswith("bias") else parameter.square().mean()
+            weights.append(parameter)
+            rates.append(RATE * float(size.detach().sqrt()))
+    return weights, rates
+
+
+def _loss(
+    converted: nn.Module,
+    original: nn.Module,
+    names: list[str],
+    variances: dict[str, Tensor],
+    batch: Tensor,
+) -> Tensor:
+    """Summed over the batch."""
+    with torch.no_grad(), _watched(original, names) as wanted:
+        goal = original(batch)
+    with _watched(converted, names) as reached:
+        output = converted(batch)
+    if is_logits(goal):
+        new, old = ((z / TEMPERATURE).log_softmax(1) for z in (output, goal))
+        loss = TEMPERATURE**2 * F.kl_div(new, old, log_target=True, reduction="sum")
+    else:
+        loss = torch.zeros((), device=batch.device)
+        for new, old in zip(tensors(output), tensors(goal), strict=True):
+            energy = old.square().sum().clamp_min(1e-30)
+            loss = loss + len(batch) * (new - old).square().sum() / energy
+    for (name, new), (_, old) in zip(reached, wanted, strict=True):
+        scale = variances[name].to(new.dtype) * old.numel() / len(batch)
+        loss = loss + (new - old).square().sum() / scale
+    return loss

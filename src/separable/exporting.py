@@ -1,0 +1,324 @@
+"""`export`: networks as ONNX, torch.export or safetensors files, each checked before it is kept."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from .conversion import Report, load, merge, save
+from .conversion.sites import frozen_copy
+from .runtime.checking import TOLERANCE, deviation
+from .runtime.onnx_graph import onnx_program
+from .writing import whole_files
+
+Format = Literal["onnx", "torch-export", "safetensors"]
+ENDINGS: dict[str, Format] = {
+    ".onnx": "onnx",
+    ".pt2": "torch-export",
+    ".safetensors": "safetensors",
+}
+Run = Callable[..., list[Tensor]]
+"""Inputs in, all output tensors out, however the model nests them."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that `export` wrote, and how it was checked.
+
+    Attributes:
+        path: the file.
+        format: its format.
+        size: its bytes.
+        deviation: largest difference of its outputs from the model's over all checks, relative to
+            the largest output.
+        checks: batches that were compared.
+        batch_sizes: their sizes.
+        opset: version of the ONNX operators; None for other formats.
+    """
+
+    path: str
+    format: Format
+    size: int
+    deviation: float
+    checks: int
+    batch_sizes: tuple[int, ...]
+    opset: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain Python values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        opset = "" if self.opset is None else f", opset {self.opset}"
+        sizes = ", ".join(map(str, self.batch_sizes))
+        return (
+            f"{self.path}: {self.format}{opset}, {self.size / 1e6:.2f} MB\n"
+            f"largest deviation {self.deviation:.1e} of the largest output, over {self.checks} "
+            f"batches of {sizes}"
+        )
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example: Tensor | tuple[Tensor, ...],
+    format: Format | None = None,
+    inputs: Iterable[Tensor] = (),
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+    progress: bool = True,
+) -> Exported:
+    """Write a network to a file that other runtimes read.
+
+    The file is written under a temporary name, loaded again and run on the example, on noise and
+    on `inputs`, and renamed only if all outputs agree with the model's. Separable layers and
+    converted ones are plain convolutions in it.
+
+    Args:
+        model: any network, converted or not, on the CPU; left as it is. Its eval mode is exported.
+        path: the file.
+        example: its input `[N, ...]`, or a tuple of its inputs.
+        format: "onnx", checked in onnxruntime; "torch-export", a program with its weights for
+            `torch.export.load`; "safetensors", weights alone, for `separable.load` where the model
+            is a converted one; by the ending of `path` (.onnx, .pt2, .safetensors) if None.
+        inputs: real batches to check on too, of a model of one input.
+        dynamic_batch: whether the file takes any batch size; checked at another one.
+        opset: version of the ONNX operators; torch's default if None.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was written, and how far its outputs are from the model's.
+
+    Raises:
+        TypeError: `example` is not made of tensors.
+        ValueError: the format is unknown, an option is not for it, or the model can't be exported.
+        RuntimeError: the outputs differ; nothing is kept.
+        ImportError: a package of the extra `onnx` is missing.
+        OSError: the file cannot be written.
+    """
+    target = Path(path)
+    chosen = _checked_format(target, format, opset)
+    args = (example,) if isinstance(example, Tensor) else tuple(example)
+    if not args or not all(isinstance(each, Tensor) and each.dim() for each in args):
+        raise TypeError("`example` must be a tensor with a batch axis, or a tuple of such tensors")
+    original = frozen_copy(model)
+    write, run_again = _WAYS[chosen]
+    with (
+        whole_files([target]) as files,
+        tqdm(total=2, leave=False, disable=None if progress else True) as bar,
+    ):
+        bar.set_description(f"exporting as {chosen}")
+        found = write(original, files[target], args, dynamic_batch, opset)
+        bar.update()
+        bar.set_description("checking")
+        run = run_again(original, files[target])
+        dynamic = dynamic_batch or chosen == "safetensors"
+        batches = list(_batches(args, inputs, dynamic))
+        worst = _compare(original, run, batches, chosen)
+        size = files[target].stat().st_size
+        bar.update()
+    sizes = tuple(dict.fromkeys(len(batch[0]) for batch in batches))
+    return Exported(str(target), chosen, size, worst, len(batches), sizes, found)
+
+
+def _checked_format(path: Path, format: str | None, opset: int | None) -> Format:
+    chosen = ENDINGS.get(path.suffix) if format is None else format
+    if chosen not in get_args(Format):
+        raise ValueError(
+            f"`format` (={chosen!r}) must be one of {', '.join(get_args(Format))}, by itself or by "
+            f"the ending of `path` (={str(path)!r}): {', '.join(ENDINGS)}"
+        )
+    if opset is not None and chosen != "onnx":
+        raise ValueError(f"`opset` (={opset}) is for onnx, not for {chosen}; leave it out")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"`path`: there is no folder {str(path.absolute().parent)!r}")
+    if chosen == "onnx":
+        try:
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{error.name} is not installed: pip install 'separable[onnx]'", name=error.name
+            ) from error
+    return chosen  # type: ignore[return-value]
+
+
+def _batches(
+    args: tuple[Tensor, ...], inputs: Iterable[Tensor], dynamic: bool
+) -> Iterator[tuple[Tensor, ...]]:
+    """The example, noise, noise of another batch size, and the real batches that fit."""
+    generator = torch.Generator().manual_seed(0)
+    size = len(args[0])
+
+    def noise(number: int) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.randn(number, *each.shape[1:], generator=generator).to(each.dtype)
+            if each.is_floating_point()
+            else each[torch.arange(number) % len(each)]
+            for each in args
+        )
+
+    yield args
+    yield noise(size)
+    if dynamic:
+        yield noise(size + 1)
+    for batch in inputs:
+        parts = [batch] if dynamic else batch.split(size)
+        yield from ((part,) for part in parts if dynamic or len(part) == size)
+
+
+@torch.no_grad()
+def _compare(
+    model: nn.Module, run: Run, batches: list[tuple[Tensor, ...]], format: Format
+) -> float:
+    """The largest deviation of the file's outputs from the model's.
+
+    Raises:
+        ValueError: the model itself fails on a batch.
+        RuntimeError: it is too large.
+    """
+    worst = 0.0
+    for batch in batches:
+        try:
+            expected = _leaves(model(*batch))
+        except Exception as error:
+            raise ValueError(
+                f"`model` does not take a batch of {len(batch[0])} ({_line(error)}); if its batch "
+                "size is fixed, say so: `dynamic_batch=False`"
+            ) from error
+        found = run(*batch)
+        if len(found) != len(expected):
+            worst = float("inf")
+        else:
+            worst = max([worst, *map(deviation, found, expected)])
+        if not worst <= TOLERANCE:
+            raise RuntimeError(
+                f"the {format} file computes something else: its outputs differ by {worst:.1e} of "
+                f"the largest one at batch size {len(batch[0])}, more than {TOLERANCE:g}; nothing "
+                "was kept"
+            )
+    return worst
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _traceable(args: tuple[Tensor, ...], dynamic: bool) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs to export with, and their axes that may change.
+
+    A batch of one would be taken for a constant.
+    """
+    if not dynamic:
+        return args, None
+    axis = torch.export.Dim("batch")
+    larger = tuple(each[torch.arange(max(2, len(each))) % len(each)] for each in args)
+    return larger, tuple({0: axis} for _ in args)
+
+
+def _failed(format: Format, dynamic: bool, error: Exception) -> ValueError:
+    hint = "; a fixed batch size may do: `dynamic_batch=False`" if dynamic else ""
+    return ValueError(f"`model` can't be exported as {format} ({_line(error)}){hint}")
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in a line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def _write_onnx(
+    model: nn.Module, path: Path, args: tuple[Tensor, ...], dynamic: bool, opset: int | None
+) -> int:
+    larger, shapes = _traceable(args, dynamic)
+    try:
+        program = onnx_program(model, larger, shapes, opset)
+        made = int(program.model.opset_imports[""])
+    except Exception as error:  # torch raises its own kinds for what it can't trace
+        raise _failed("onnx", dynamic, error) from error
+    if opset is not None and made != opset:
+        raise ValueError(
+            f"`opset` (={opset}) can't be reached from the graph that torch makes (={made}); "
+            "choose another, or leave it out"
+        )
+    program.save(path)
+    return made
+
+
+def _run_onnx(_: nn.Module, path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(*batch: Tensor) -> list[Tensor]:
+        feed = {name: each.numpy() for name, each in zip(names, batch, strict=False)}
+        return [torch.from_numpy(each) for each in session.run(None, feed)]
+
+    return run
+
+
+def _write_program(
+    model: nn.Module, path: Path, args: tuple[Tensor, ...], dynamic: bool, _: int | None
+) -> None:
+    larger, shapes = _traceable(args, dynamic)
+    try:
+        program = torch.export.export(model, larger, dynamic_shapes=shapes)
+    except Exception as error:
+        raise _failed("torch-export", dynamic, error) from error
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def _run_program(_: nn.Module, path: Path) -> Run:
+    with path.open("rb") as file:
+        module = torch.export.load(file).module()
+    return lambda *batch: _leaves(module(*batch))
+
+
+def _write_weights(
+    model: nn.Module, path: Path, args: tuple[Tensor, ...], dynamic: bool, _: int | None
+) -> None:
+    from safetensors.torch import save_file
+
+    if isinstance(getattr(model, "report", None), Report):
+        save(model, path)
+        return
+    # a tied weight is stored under each of its names, for tools that look it up by one
+    tensors = {
+        name: each.detach().clone().contiguous() for name, each in model.state_dict().items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+
+
+def _run_weights(model: nn.Module, path: Path) -> Run:
+    from safetensors.torch import load_file
+
+    is_converted = isinstance(getattr(model, "report", None), Report)
+    empty = merge(model) if is_converted else copy.deepcopy(model)
+    for tensor in empty.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))  # so that every value comes from the file
+    if is_converted:
+        loaded = load(path, model=empty)
+    else:
+        empty.load_state_dict(load_file(path))
+        loaded = empty
+    return lambda *batch: _leaves(loaded(*batch))
+
+
+_WAYS: dict[Format, tuple[Callable[..., int | None], Callable[[nn.Module, Path], Run]]] = {
+    "onnx": (_write_onnx, _run_onnx),
+    "torch-export": (_write_program, _run_program),
+    "safetensors": (_write_weights, _run_weights),
+}

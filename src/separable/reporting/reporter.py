@@ -1,0 +1,332 @@
+"""`report`: counts, converts, compiles and measures a network, and gathers what was found."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..conversion import Report as Conversion
+from ..conversion import convert
+from ..conversion.plans import Budget, NothingToConvert
+from ..conversion.sites import Inputs, divergence, frozen_copy, is_logits, tensors
+from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
+from ..cost.inputs import Sizes, make_inputs
+from ..runtime import CompiledModel, compile
+from ..runtime import machine as machines
+from ..runtime.checking import TOLERANCE, deviation
+from ..runtime.explaining import Explanation
+from ..runtime.roofline import Peak
+from .findings import Findings, Machine, Network, Point
+from .wording import size
+
+KL = "mean KL divergence, nats"
+SQUARED = "relative squared error"
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def report(
+    model: nn.Module,
+    input_size: Sizes | None = None,
+    *,
+    inputs: Any = None,
+    budget: str | None = None,
+    calibration: Any = None,
+    converted: nn.Module | None = None,
+    frontier: Sequence[str] = (),
+    beside: Mapping[str, nn.Module] | None = None,
+    data: Batches | None = None,
+    threads: int | None = None,
+    repeats: int = 20,
+    min_seconds: float = 0.5,
+    seed: int = 0,
+    title: str | None = None,
+    command: str | None = None,
+    progress: bool = True,
+) -> Findings:
+    """Find out what separable would give a network.
+
+    All networks are measured in turn, in PyTorch and in the separable runtime, whose outputs are
+    checked first; a network that the runtime can't take is reported without it.
+
+    Args:
+        model: the network, left as it is; it runs in eval mode.
+        input_size: shape of the input with its batch, such as `(1, 3, 224, 224)`, or a list of
+            shapes for several inputs.
+        inputs: instead of `input_size`, a tensor, or a tuple or list of positional arguments.
+        budget: what its conversion may cost, as for `separable.convert`; None reports the network
+            alone.
+        calibration: inputs of the conversion, as for `separable.convert`.
+        converted: instead of `budget`, the converted network.
+        frontier: further budgets, such as `["macs=0.5", "macs=0.1"]`, each a conversion of its
+            own, for the plots of error against cost.
+        beside: further networks for these plots, by name.
+        data: batches of inputs and labels, for accuracies.
+        threads: that a pass may use; None leaves torch's number. Layers are measured on one.
+        repeats: number of times to take of each network.
+        min_seconds: least time to spend on the repeats of each, in seconds.
+        seed: of the conversions.
+        title: name of the network; that of its class if None.
+        command: what reproduces the report; this call if None.
+        progress: whether to show progress bars.
+
+    Returns:
+        The findings; `write` makes the page of them.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: arguments exclude each other, a budget is malformed or can't be met, or the
+            model rejects its inputs.
+    """
+    if budget is not None and converted is not None:
+        raise ValueError("`budget` and `converted` exclude each other; give one of them")
+    if (frontier or beside) and budget is None and converted is None:
+        raise ValueError("`frontier` and `beside` belong to a conversion: give `budget` too")
+    for each in filter(None, [budget, *frontier]):
+        Budget.parse(each)  # before the first of them is converted
+    original = frozen_copy(model)
+    given = make_inputs(original, input_size, inputs=inputs).args
+    title = type(model).__name__ if title is None else title
+    steps = 5 + len(frontier) + (budget is not None)
+    with (
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=steps, leave=False, disable=None if progress else True) as bar,
+    ):
+        contenders = [_Contender("regular", original, given)]
+        if converted is not None:
+            own = getattr(converted, "report", None)
+            name = own.plan.budget if isinstance(own, Conversion) else "converted"
+            contenders.append(_Contender(name, frozen_copy(converted), given))
+        obstacle = ""
+        try:
+            for each in filter(None, [budget, *frontier]):
+                _next(bar, f"converting at {each}")
+                example = given[0][:1] if isinstance(given[0], Tensor) else None
+                slim = convert(
+                    original,
+                    calibration,
+                    each,
+                    seed=seed,
+                    example=example,
+                    progress=not bar.disable,
+                )
+                contenders.append(_Contender(each, slim, given))
+        except NothingToConvert as error:
+            obstacle = error.why
+        is_converted = len(contenders) > 1
+        contenders += [
+            _Contender(name, frozen_copy(network), given)
+            for name, network in (beside or {}).items()
+        ]
+        _measure(contenders, given, threads, repeats, min_seconds, bar)
+        machine = _measure_layers(contenders[: 1 + is_converted], given, repeats, bar)
+        _next(bar, "measuring errors")
+        _judge(contenders, calibration, data)
+    regular, chosen = contenders[0], contenders[1] if is_converted else None
+    first = contenders[0].torch
+    return Findings(
+        title=title,
+        regular=regular.found(),
+        converted=chosen.found() if chosen else None,
+        plan=chosen.conversion.plan if chosen and chosen.conversion else None,
+        obstacle=obstacle,
+        error=chosen.error if chosen else None,
+        error_convention=KL if regular.has_logits else SQUARED,
+        tested=regular.tested,
+        frontier=tuple(each.point(each is chosen) for each in contenders) if chosen else (),
+        machine=machine,
+        environment=_environment(first, regular.account),
+        seed=seed,
+        command=command or _call(title, given, budget, frontier, first.threads, seed),
+    )
+
+
+class _Contender:
+    """A network of the report, and what is known of it so far."""
+
+    torch: Measurement
+    runtime: Measurement | None = None
+    compiled: CompiledModel | None = None
+    problem: str = ""
+    deviation: float | None = None
+    layers: tuple[LayerTime, ...] = ()
+    explanation: Explanation | None = None
+    error: float | None = None
+    correct: int = 0
+    tested: int = 0
+
+    def __init__(self, name: str, network: nn.Module, given: tuple[Any, ...]) -> None:
+        self.name, self.network = name, network
+        self.account = count(network, inputs=given)
+        conversion = getattr(network, "report", None)
+        self.conversion = conversion if isinstance(conversion, Conversion) else None
+        with torch.no_grad():
+            self.output = network(*given)
+        self.has_logits = is_logits(self.output)
+
+    def compile(self, given: tuple[Any, ...], threads: int) -> None:
+        """Compile the network and check what it returns; say why where that fails."""
+        try:
+            compiled = compile(self.network, given, threads=threads)
+            found, expected = tensors(compiled(*given)), tensors(self.output)
+            self.deviation = max(map(deviation, found, expected), default=0.0)
+        except Exception as error:  # whatever torch.export or a kernel raises
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self.problem = ": ".join([type(error).__name__, *lines[:1]]).rstrip(".")
+            return
+        if self.deviation <= TOLERANCE:
+            self.compiled = compiled
+        else:
+            self.problem = f"its outputs would differ by {self.deviation:.1e} of the largest one"
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.tested if self.tested else None
+
+    def found(self) -> Network:
+        return Network(
+            account=self.account,
+            torch=self.torch,
+            layers=self.layers,
+            runtime=self.runtime,
+            explanation=self.explanation,
+            deviation=self.deviation,
+            problem=self.problem,
+            accuracy=self.accuracy,
+        )
+
+    def point(self, chosen: bool) -> Point:
+        return Point(
+            name=self.name,
+            macs=self.account.macs,
+            params=self.account.params,
+            torch_seconds=self.torch.median,
+            runtime_seconds=self.runtime.median if self.runtime else None,
+            error=self.error,
+            accuracy=self.accuracy,
+            chosen=chosen,
+        )
+
+
+def _next(bar: tqdm, what: str) -> None:
+    """Show which step begins."""
+    bar.set_description(what, refresh=False)
+    bar.update()
+
+
+def _measure(
+    contenders: list[_Contender],
+    given: tuple[Any, ...],
+    threads: int | None,
+    repeats: int,
+    min_seconds: float,
+    bar: tqdm,
+) -> None:
+    """Time all networks, in PyTorch and in the runtime, in turn."""
+    threads = torch.get_num_threads() if threads is None else threads
+    _next(bar, "compiling")
+    for each in contenders:
+        each.compile(given, threads)
+    _next(bar, "measuring")
+    compiled = [each for each in contenders if each.compiled is not None]
+    calls: list[Any] = [each.network for each in contenders]
+    calls += [each.compiled for each in compiled]
+    measured = measure_interleaved(
+        calls, given, repeats=repeats, min_seconds=min_seconds, threads=threads
+    )
+    for each, measurement in zip(contenders, measured, strict=False):
+        each.torch = measurement
+    for each, measurement in zip(compiled, measured[len(contenders) :], strict=True):
+        each.runtime = measurement
+
+
+def _measure_layers(
+    contenders: list[_Contender], given: tuple[Any, ...], repeats: int, bar: tqdm
+) -> Machine | None:
+    """Time each module in PyTorch and each kernel of the runtime, and this machine's limits."""
+    _next(bar, "measuring layers")
+    peak = Peak(machines.host())
+    for _ in range(repeats):
+        peak.measure()
+    measured = measure_interleaved(
+        [each.network for each in contenders],
+        given,
+        repeats=repeats,
+        min_seconds=0.0,
+        threads=1,
+        per_layer=True,
+    )
+    for each, measurement in zip(contenders, measured, strict=True):
+        each.layers = measurement.layers
+    _next(bar, "measuring kernels")
+    flops = []
+    for each in contenders:
+        if each.compiled is not None:
+            each.explanation = each.compiled.explain(repeats)
+            flops.append(each.explanation.peak_flops)
+        peak.measure()
+    return Machine(max([peak.flops, *flops]), peak.bandwidth)
+
+
+@torch.no_grad()
+def _judge(contenders: list[_Contender], calibration: Any, data: Batches | None) -> None:
+    """Measure how far the outputs moved, and accuracies."""
+    first = contenders[0]
+    first.error = 0.0 if len(contenders) > 1 else None
+    seen = None if calibration is None else Inputs(calibration, first.network)
+    for each in contenders[1:]:
+        if each.conversion is not None and each.conversion.error is not None:
+            each.error = each.conversion.error
+        elif seen is not None:
+            each.error = divergence(each.network, first.network, seen)
+    for images, labels in data or ():
+        for each in contenders:
+            output = each.network(images)
+            if not is_logits(output):
+                raise ValueError(
+                    "`data` is for networks that return one score per class, [N, classes]"
+                )
+            each.correct += int((output.argmax(1) == labels).sum())
+            each.tested += len(labels)
+
+
+def _environment(measured: Measurement, account: Account) -> dict[str, str]:
+    """Where and when: what a figure is worth little without."""
+    machine = machines.host()
+    return {
+        "Processor": measured.device,
+        "Instruction set": f"{machine.isa} (LLVM: {machine.cpu})",
+        "Cores": str(machines.cores()),
+        "Threads per pass": str(measured.threads),
+        "Data type": measured.dtype,
+        "Inputs": ", ".join(map(size, account.input_shapes)),
+        "System": platform.platform(),
+        **{f"Version of {name}": version for name, version in measured.versions.items()},
+        "Version of llvmlite": importlib.metadata.version("llvmlite"),
+        "Date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _call(
+    title: str,
+    given: tuple[Any, ...],
+    budget: str | None,
+    frontier: Sequence[str],
+    threads: int,
+    seed: int,
+) -> str:
+    """The call of `report` in Python, for a page that no command made."""
+    shapes = [tuple(each.shape) for each in given if isinstance(each, Tensor)]
+    parts = [title, str(shapes[0] if len(shapes) == 1 else shapes)]
+    if budget is not None:
+        parts += [f"budget={budget!r}", "calibration=..."]
+    if frontier:
+        parts.append(f"frontier={list(frontier)!r}")
+    return f"separable.report({', '.join([*parts, f'threads={threads}', f'seed={seed}'])})"

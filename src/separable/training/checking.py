@@ -1,0 +1,95 @@
+"""Checks before a training begins: does the network take these inputs, and give these outputs?"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ENLARGED = 16
+
+
+def input_channels(network: nn.Module) -> int:
+    """Channels of the images that a network takes: of its first convolution, else 3."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return module.in_channels if module.in_channels in (1, 3) else 3
+    return 3
+
+
+@torch.no_grad()
+def outputs_of(network: nn.Module, input: Tensor, name: str) -> Tensor:
+    """What a network returns for one input; it is left as it was.
+
+    Args:
+        network: on any device.
+        input: without the batch's dimension.
+        name: the argument that the network came from.
+
+    Raises:
+        ValueError: the network rejects the input, or strides over it.
+    """
+    probe = copy.deepcopy(network).eval()
+    parameter = next(network.parameters(), None)
+    batch = input[None] if parameter is None else input[None].to(parameter.device, parameter.dtype)
+    size = "x".join(map(str, input.shape))
+    try:
+        outputs = probe(batch)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"`{name}` rejects inputs of {size}: {words}") from error
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"`{name}` must return a tensor, not {type(outputs).__name__}")
+    stride = total_stride(probe, batch)
+    if min(input.shape[1:], default=stride) < stride:
+        raise ValueError(
+            f"`data`: inputs of {size} are smaller than the stride of `{name}`, which is {stride}; "
+            "give larger ones (`image_size`) or a network with a smaller stride"
+        )
+    return outputs
+
+
+def total_stride(network: nn.Module, input: Tensor) -> int:
+    """How many input positions one step of the coarsest feature map makes; 1 if unknown.
+
+    Found on shapes alone, of an input so much larger that rounding does not matter.
+    """
+    sizes: list[int] = []
+
+    def record(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        # what has been pooled to one position has no stride
+        if max(inputs[0].shape[2:]) > 1:
+            sizes.append(max(output.shape[2:]))
+
+    large = [_ENLARGED * size for size in input.shape[2:]]
+    if not large:
+        return 1
+    probe = copy.deepcopy(network).to("meta")
+    for module in probe.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            module.register_forward_hook(record)
+    try:
+        probe(torch.empty((*input.shape[:2], *large), device="meta", dtype=input.dtype))
+    except Exception:  # a network of one input size alone has accepted this one
+        return 1
+    return max((max(large) // size for size in sizes if size), default=1)
+
+
+def check_classes(outputs: Tensor, classes: int | None) -> None:
+    """Refuse a network with fewer outputs than the data has classes.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if outputs.ndim != 2:
+        raise ValueError(
+            f"`model` returns {tuple(outputs.shape)} for one input; training with labels needs "
+            "logits [N, classes]"
+        )
+    if classes is not None and outputs.shape[1] < classes:
+        raise ValueError(
+            f"`model` has {outputs.shape[1]} outputs and `data` {classes} classes; build it with "
+            f"as many, as in num_classes={classes}"
+        )

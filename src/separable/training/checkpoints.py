@@ -1,0 +1,99 @@
+"""Checkpoints: written whole or not at all, with the weights beside them as safetensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..conversion import Report, save
+from ..writing import whole_file
+
+LAST, BEST = "last", "best"
+_PREFIX = "network."
+
+
+def write_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights to a safetensors file; those of a converted network with its plan.
+
+    `separable.load` reads the latter, the option `--weights` the others.
+    """
+    if isinstance(getattr(network, "report", None), Report):
+        save(network, path, weights=weights)
+        return
+    # tied weights are written twice, for safetensors stores no views
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    with whole_file(path) as partial:
+        save_file(tensors, partial)
+
+
+class Checkpoints(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name in its own folder, then renames it.
+
+    Lightning's own writing goes through the system's temporary folder, which may be another file
+    system, where a rename is a copy.
+
+    Args:
+        network: whose weights are written beside each checkpoint.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint and its weights."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name.removeprefix(_PREFIX): tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith(_PREFIX)
+        }
+        write_weights(self.network, weights, path.with_suffix(".safetensors"))
+        with whole_file(path) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def checkpoint_callbacks(
+    folder: Path, every: int, monitor: tuple[str, str] | None
+) -> list[Callback]:
+    """Callbacks that keep `best.ckpt` and `last.ckpt` in a folder.
+
+    Args:
+        folder: where.
+        every: optimiser steps between checkpoints; there is one after each epoch too.
+        monitor: the metric that tells the best, and "min" or "max"; None keeps no best one.
+    """
+
+    def keep(name: str, **options: Any) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, name, enable_version_counter=False, **options)
+
+    callbacks: list[Callback] = []
+    if monitor is not None:
+        # first, so that the last checkpoint knows the best one
+        callbacks.append(keep(BEST, monitor=monitor[0], mode=monitor[1]))
+    callbacks.append(keep(LAST, every_n_train_steps=every))
+    callbacks.append(keep(LAST, every_n_epochs=1, save_on_train_epoch_end=True))
+    return callbacks
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from, if there is one."""
+    path = folder / f"{LAST}.ckpt"
+    return path if path.is_file() else None
+
+
+def steps_of(checkpoint: Path) -> int:
+    """How many optimiser steps a checkpoint has seen."""
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])

@@ -1,0 +1,238 @@
+"""What a training step is: with labels, and by distillation from a teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from .loading import STEP, seed_of
+from .matching import Matching
+from .optimizing import optimizer_of, schedule_of, without_decay
+from .recipe import Distillation, Recipe
+
+
+def inputs_of(batch: Any) -> Tensor:
+    """The inputs of a batch: itself, or what it begins with."""
+    inputs = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"`data` yields a {type(batch).__name__}; batches must be tensors or pairs that begin "
+            "with one"
+        )
+    return inputs
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels of a batch `(inputs, labels)`."""
+    if not isinstance(batch, Sequence) or len(batch) < 2:
+        raise TypeError("`data` yields no labels; training with labels needs (inputs, labels)")
+    labels: Tensor = batch[1]
+    return labels
+
+
+class Learning(LightningModule):
+    """A network in training: optimiser, schedule, metrics and seeds.
+
+    Args:
+        network: is trained in place.
+        recipe: how.
+    """
+
+    monitor: tuple[str, str]
+    """the metric that says which weights are best, and whether "min" or "max" is best"""
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.network, self.recipe = network, recipe
+        self.plain = without_decay(network)
+
+    def configure_optimizers(self) -> Any:
+        """Build optimiser and schedule."""
+        # a sharding strategy adds prefixes of its own
+        named = (
+            (name.replace("_fsdp_wrapped_module.", "").removeprefix("network."), parameter)
+            for name, parameter in self.named_parameters()
+        )
+        optimizer = optimizer_of(named, self.plain, self.recipe)
+        # Lightning's own estimate would set the loader up before a checkpoint's state is there
+        feeding: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = len(feeding.train_dataloader())
+        steps = self.recipe.epochs * math.ceil(batches / self.recipe.accumulate)
+        scheduler = schedule_of(optimizer, steps, self.recipe)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what the network draws, as for dropout, a function of the seed and the batch."""
+        place = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank)
+        torch.manual_seed(seed_of(self.recipe.seed, STEP, *place))
+
+    def record(self, name: str, metric: Metric) -> None:
+        """Log a metric over the whole validation part."""
+        self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True)
+
+    def record_loss(self, loss: Tensor) -> None:
+        """Log a training step's loss."""
+        self.log("train_loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
+
+
+class Supervised(Learning):
+    """Learning from labels: cross-entropy, smoothed."""
+
+    monitor = ("val_accuracy", "max")
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__(network, recipe)
+        self.loss, self.accuracy = MeanMetric(), MulticlassAccuracy(average="micro")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch `(inputs, labels)`."""
+        logits = self.network(inputs_of(batch)).float()
+        loss = F.cross_entropy(
+            logits, labels_of(batch), label_smoothing=self.recipe.label_smoothing
+        )
+        self.record_loss(loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the validation's loss and accuracy."""
+        logits, labels = self.network(inputs_of(batch)).float(), labels_of(batch)
+        self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.accuracy.update(logits.argmax(1), labels)
+        self.record("val_loss", self.loss)
+        self.record("val_accuracy", self.accuracy)
+
+
+class Distilling(Learning):
+    """A student learns its teacher's outputs (Hinton et al. 2015, arXiv:1503.02531).
+
+    Labels are looked at only where the recipe asks for them.
+
+    Args:
+        network: the student.
+        teacher: is left as it is, and not saved.
+        recipe: how.
+    """
+
+    monitor = ("val_loss", "min")
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, recipe: Distillation) -> None:
+        super().__init__(network, recipe)
+        self.distillation = recipe
+        # no submodule: neither averaged nor saved
+        self.held = _Held(teacher)
+        self.matching = (
+            Matching(network, teacher, recipe.blocks)
+            if recipe.features
+            else contextlib.nullcontext()
+        )
+        self.loss, self.agreement = MeanMetric(), MeanMetric()
+
+    def on_fit_start(self) -> None:
+        """Put the teacher where the student is."""
+        self.held.teacher.to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the statistics of batch norm where the recipe says so."""
+        if self.distillation.batch_norm == "frozen":
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of inputs, or `(inputs, labels)`."""
+        recipe, inputs = self.distillation, inputs_of(batch)
+        if recipe.mixup and not recipe.labels:
+            inputs = blended(inputs, recipe.mixup)
+        with self.matching as features:
+            with torch.no_grad():
+                goal = self.held.teacher(inputs)
+            outputs = self.network(inputs)
+        loss = divergence(outputs.float(), goal.float(), recipe.temperature).mean()
+        if recipe.labels:
+            hard = F.cross_entropy(
+                outputs.float(), labels_of(batch), label_smoothing=recipe.label_smoothing
+            )
+            loss = (loss + hard) / 2
+        if features is not None:
+            loss = loss + recipe.features * features.loss()
+        self.record_loss(loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the divergence from the teacher, and to how often both agree."""
+        inputs = inputs_of(batch)
+        goal, outputs = self.held.teacher(inputs).float(), self.network(inputs).float()
+        self.loss.update(divergence(outputs, goal, 1.0))
+        self.record("val_loss", self.loss)
+        if _are_logits(goal):
+            self.agreement.update((outputs.argmax(1) == goal.argmax(1)).float())
+            self.record("val_agreement", self.agreement)
+
+
+def blended(inputs: Tensor, share: float) -> Tensor:
+    """Blend a share of the inputs `[N, ...]` with others of the batch, each by its own amount.
+
+    Blends show the teacher's function where there is no data (Beyer et al. 2022, arXiv:2106.05237;
+    mixup of Zhang et al. 2018, arXiv:1710.09412, the amount uniform).
+    """
+    count = len(inputs)
+    amount = torch.rand(count, device=inputs.device) * (
+        torch.rand(count, device=inputs.device) < share
+    )
+    amount = amount.to(inputs.dtype).view(-1, *[1] * (inputs.ndim - 1))
+    return torch.lerp(inputs, inputs.roll(1, 0), amount)
+
+
+class _Held:
+    """A teacher that a copy of its student shares."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher
+
+    def __deepcopy__(self, _: Any) -> _Held:
+        return self
+
+
+def _are_logits(outputs: Tensor) -> bool:
+    return outputs.ndim == 2 and outputs.shape[1] > 1
+
+
+def divergence(outputs: Tensor, goal: Tensor, temperature: float) -> Tensor:
+    """How far a student's outputs are from its teacher's, for each input.
+
+    Logits `[N, classes]`: T² KL(softmax(goal / T) ‖ softmax(outputs / T)), whose gradient does
+    not fade as T grows. Other outputs: the squared error over that of the batch's mean.
+
+    Args:
+        outputs: `[N, ...]`, the student's.
+        goal: the same shape.
+        temperature: T.
+
+    Returns:
+        `[N]`.
+    """
+    if _are_logits(goal):
+        of_student = F.log_softmax(outputs / temperature, 1)
+        of_teacher = F.log_softmax(goal / temperature, 1)
+        terms = F.kl_div(of_student, of_teacher, reduction="none", log_target=True)
+        return temperature**2 * terms.sum(1)
+    return relative_error(outputs, goal)
+
+
+def relative_error(outputs: Tensor, goal: Tensor) -> Tensor:
+    """Squared error of each input over the mean squared distance of the goals from their mean."""
+    spread = (goal - goal.mean(0)).square().flatten(1).sum(1).mean()
+    floor = torch.finfo(goal.dtype).tiny
+    return (outputs - goal).square().flatten(1).sum(1) / spread.clamp(min=floor)

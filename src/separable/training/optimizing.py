@@ -1,0 +1,96 @@
+"""The optimiser, its parameter groups, the learning rate's schedule, and the averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .recipe import Recipe
+
+
+def without_decay(network: nn.Module) -> set[str]:
+    """Names of the parameters that have no weight decay: of norms, biases and depthwise filters.
+
+    A depthwise filter sees one channel or few, so decay would shrink it without need (Howard et
+    al. 2017, section 3.3). Everything of one dimension belongs to norms and biases.
+    """
+    names = set()
+    for prefix, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            depthwise = (
+                isinstance(module, nn.modules.conv._ConvNd)
+                and module.groups > 1
+                and module.groups in (module.in_channels, module.out_channels)
+            )
+            if parameter.ndim <= 1 or depthwise:
+                names.add(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def optimizer_of(
+    parameters: Iterable[tuple[str, nn.Parameter]], plain: set[str], recipe: Recipe
+) -> torch.optim.Optimizer:
+    """Build the recipe's optimiser.
+
+    Args:
+        parameters: with their names; those that need no gradient are left out.
+        plain: names of those without weight decay.
+        recipe: optimiser, peak rate, momentum and decay.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": recipe.decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[name in plain]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.peak_lr)
+    return torch.optim.SGD(
+        groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
+    )
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate in a step: a linear rise, then half a cosine down to zero.
+
+    The cosine is that of Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts.
+
+    Args:
+        step: from 0.
+        steps: how many there are.
+        warmup: share of them that the rise takes.
+    """
+    rise = round(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    if step >= steps:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, steps: int, recipe: Recipe) -> LambdaLR:
+    """Build the schedule of a training of `steps` optimiser steps."""
+    return LambdaLR(optimizer, lambda step: rate(step, steps, recipe.warmup))
+
+
+def averaging(decay: float) -> WeightAveraging:
+    """Build the callback that keeps a moving average of the weights and statistics.
+
+    After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's
+    `ExponentialMovingAverage`, so that a short training forgets where it began.
+    """
+
+    def average(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(now)(averages, weights, count)
+
+    return WeightAveraging(multi_avg_fn=average)

@@ -1,0 +1,249 @@
+"""Running a training: a `Learning` and its data through Lightning's Trainer, into a folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from .checkpoints import Checkpoints, checkpoint_callbacks, last_checkpoint, steps_of
+from .feeding import Feeding, validates
+from .learning import Learning
+from .optimizing import averaging
+from .recipe import Recipe
+from .records import (
+    CONFIG,
+    Waiting,
+    check_config,
+    csv_logger,
+    draw_curves,
+    tensorboard_logger,
+    write_config,
+    write_environment,
+)
+
+LOG_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training did."""
+
+    folder: Path | None
+    """where its files are; None if they were not kept"""
+    epochs: int
+    steps: int
+    """optimiser steps, those before it was resumed included"""
+    seconds: float
+    """of this call"""
+    waiting: float
+    """share of the training time spent waiting for data; the rest are its steps"""
+    metrics: dict[str, float]
+    """the last value of each"""
+    skipped: tuple[str, ...] = ()
+    """images that could not be read, in this process"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain Python values, ready for JSON."""
+        folder = None if self.folder is None else str(self.folder)
+        return {**dataclasses.asdict(self), "folder": folder}
+
+    def __str__(self) -> str:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        return (
+            f"{self.epochs} epochs, {self.steps} steps in {self.seconds:.1f} s, "
+            f"{self.waiting:.1%} of the training time spent waiting for data\n{metrics}"
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run keeps its files.
+
+    Attributes:
+        folder: is made where it does not exist.
+        resume: whether to go on from its last checkpoint.
+        names: what its configuration says of the networks and the data.
+    """
+
+    folder: Path
+    resume: bool
+    names: Mapping[str, str]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What to go on from."""
+        return last_checkpoint(self.folder) if self.resume else None
+
+
+def run(
+    model: nn.Module,
+    learning: Learning,
+    feeding: LightningDataModule,
+    place: Place | None,
+    progress: bool,
+) -> nn.Module:
+    """Train, and return a copy of a network with the trained weights.
+
+    Args:
+        model: the network as it was given.
+        learning: holds the copy of it that is trained.
+        feeding: the data.
+        place: where to keep the run's files; None keeps none.
+        progress: whether to show a progress bar.
+    """
+    recipe, network = learning.recipe, learning.network
+    checkpoint = None
+    if place is not None:
+        if place.resume and (place.folder / CONFIG).exists():
+            check_config(place.folder, recipe, place.names)
+        checkpoint = place.checkpoint
+    if recipe.channels_last and any(weight.ndim == 4 for weight in network.parameters()):
+        network.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        network.compile()
+    waiting, begun = Waiting(), time.perf_counter()
+    with _quiet(), _interruptible(), torch.random.fork_rng(devices=[]):
+        trainer = _trainer(learning, feeding, place, checkpoint, waiting, progress)
+        if place is not None and trainer.is_global_zero:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            write_config(place.folder, recipe, place.names)
+            write_environment(place.folder, trainer.strategy.root_device, trainer.world_size)
+        trainer.fit(learning, datamodule=feeding, ckpt_path=checkpoint, weights_only=True)
+    if checkpoint is not None and steps_of(checkpoint) == trainer.global_step:
+        # it had finished before, and its averaged weights are in the checkpoint alone
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        learning.load_state_dict(saved["state_dict"])
+    if place is not None and trainer.is_global_zero:
+        draw_curves(place.folder)
+    result = copy.deepcopy(model).eval()
+    result.load_state_dict(network.state_dict())
+    result.run = Run(  # type: ignore[assignment]
+        folder=None if place is None else place.folder,
+        epochs=trainer.current_epoch,
+        steps=trainer.global_step,
+        seconds=time.perf_counter() - begun,
+        waiting=waiting.share,
+        metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+        skipped=tuple(feeding.broken) if isinstance(feeding, Feeding) else (),
+    )
+    return result
+
+
+def _trainer(
+    learning: Learning,
+    feeding: LightningDataModule,
+    place: Place | None,
+    checkpoint: Path | None,
+    waiting: Waiting,
+    progress: bool,
+) -> Trainer:
+    recipe = learning.recipe
+    callbacks: list[Callback] = []
+    if recipe.ema:
+        if "fsdp" in recipe.strategy:
+            raise ValueError(
+                f"`ema` (={recipe.ema}) can't average weights that `strategy` "
+                f"(={recipe.strategy!r}) shards; use ema=0"
+            )
+        callbacks.append(averaging(recipe.ema))
+    loggers: list[Logger] = []
+    steps_per_epoch = LOG_EVERY
+    if isinstance(feeding, Feeding):
+        steps_per_epoch = len(feeding.order())
+    if place is not None:
+        monitor = learning.monitor if validates(feeding) else None
+        callbacks += checkpoint_callbacks(place.folder, recipe.checkpoint_every, monitor)
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+        done = 0 if checkpoint is None else steps_of(checkpoint)
+        loggers.append(csv_logger(place.folder, done))
+        if recipe.tensorboard:
+            loggers.append(tensorboard_logger(place.folder))
+    devices, nodes = _devices(recipe)
+    return Trainer(
+        accelerator=recipe.accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=recipe.strategy,
+        precision=recipe.precision,  # type: ignore[arg-type]  # Lightning checks it
+        max_epochs=recipe.epochs,
+        accumulate_grad_batches=recipe.accumulate,
+        gradient_clip_val=recipe.clip or None,
+        sync_batchnorm=recipe.sync_batchnorm,
+        use_distributed_sampler=False,  # the batches of each process are drawn for it
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validates(feeding) else 0,
+        log_every_n_steps=max(1, min(LOG_EVERY, steps_per_epoch)),
+        callbacks=callbacks,
+        logger=loggers,
+        enable_checkpointing=place is not None,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        profiler=waiting,
+        plugins=[Checkpoints(learning.network)],
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this process writes a run's files and speaks for it."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _devices(recipe: Recipe) -> tuple[str, int]:
+    """Devices per machine, and machines; as torchrun started them, where it did."""
+    if recipe.devices == "auto" and "LOCAL_WORLD_SIZE" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return str(local), int(os.environ["WORLD_SIZE"]) // local
+    return recipe.devices, recipe.num_nodes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning from saying what a run need not hear."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # which devices it found, and that it stops when it is done
+    try:
+        with warnings.catch_warnings():
+            # validation is a choice here
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")
+            # a run that is resumed goes on in its own folder
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            # Lightning builds a class of torch's in a way that newer torch deprecates
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C through: Lightning exits with 1, and ignores it from then on."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)

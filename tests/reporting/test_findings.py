@@ -1,0 +1,276 @@
+"""The findings against what the account, the plan and the runtime say of the same networks."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import separable
+from separable.reporting.layers import to_csv
+from separable.reporting.wording import amount, milliseconds, small, times
+
+from .conftest import HOSTILE, QUICK, images, labelled, network
+
+SIZE = (1, 3, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def converted():
+    return separable.convert(
+        network().eval(), images(), "macs=0.5", seed=3, example=torch.zeros(SIZE), progress=False
+    )
+
+
+def test_both_accounts_are_those_of_count(findings, converted):
+    for reported, model in ((findings.regular, network().eval()), (findings.converted, converted)):
+        account = separable.count(model, SIZE)
+        assert reported.account.macs == account.macs
+        assert reported.account.params == account.params
+        assert reported.account.traffic_bytes == account.traffic_bytes
+    assert findings.regular.account.macs > 1.8 * findings.converted.account.macs
+
+
+def test_the_plan_is_that_of_convert_at_the_same_seed(findings, converted):
+    assert findings.plan == converted.report.plan
+    assert findings.plan.seed == findings.seed == 3
+    assert findings.error == pytest.approx(converted.report.error, rel=1e-3)
+
+
+def test_layers_stand_in_execution_order_with_what_became_of_them(findings, converted):
+    layers = {layer.name: layer for layer in findings.layers}
+    assert list(layers) == [
+        "", "stem", "stem.0", "stem.1", "stem.2", "body", "body.0", "body.1", HOSTILE,
+        "head", "head.0", "head.1", "classifier",
+    ]  # fmt: skip
+    assert [name for name, layer in layers.items() if not layer.is_leaf] == [
+        "", "stem", "body", "head",
+    ]  # fmt: skip
+    account = {row.name: row for row in separable.count(converted, SIZE).rows}
+    for row in converted.report.plan.rows:
+        layer = layers[row.name]
+        assert (layer.form, layer.rank) == (row.form or "", row.rank)
+        assert layer.before.macs == row.macs_before
+        # of a converted layer, all that stands in its place
+        assert layer.after.macs == account[row.name].macs == row.macs_after
+        if row.form is None:
+            assert layer.reason == row.reason != ""
+        else:
+            assert f"{row.macs_before / row.macs_after:.1f}× fewer MACs" in layer.reason
+    assert any(layer.form for layer in layers.values())
+    assert layers["classifier"].reason == "not a convolution"
+    assert layers["stem.1"].reason == layers[""].reason == ""
+
+
+def test_runtime_seconds_are_those_of_explain(findings):
+    for each, side in ((findings.regular, "before"), (findings.converted, "after")):
+        rows = each.explanation.rows
+        layers = {layer.name: getattr(layer, side) for layer in findings.layers}
+        whole = layers[""].runtime_seconds
+        assert whole == pytest.approx(sum(row.seconds for row in rows))
+        for name in ("body.0", HOSTILE, "classifier"):
+            below = [
+                row.seconds for row in rows if row.layer == name or row.layer.startswith(f"{name}.")
+            ]
+            assert layers[name].runtime_seconds == pytest.approx(sum(below))
+    before = {layer.name: layer.before for layer in findings.layers}
+    # batch norm and ReLU run in the kernel of the convolution before them
+    assert before["stem.1"].runs_in == before["stem.2"].runs_in == "stem.0"
+    assert before["stem.1"].runtime_seconds is None
+    assert before["stem.1"].torch_seconds > 0
+
+
+def test_torch_seconds_contain_those_of_the_modules_inside(findings):
+    for layer in findings.layers:
+        for side in (layer.before, layer.after):
+            assert side.torch_seconds > 0
+    before = {layer.name: layer.before.torch_seconds for layer in findings.layers}
+    assert before["stem"] > before["stem.0"]
+    assert before[""] > before["stem"]
+
+
+def test_accuracies_are_shares_of_the_labels(findings):
+    assert findings.tested == 40
+    assert findings.regular.accuracy == 0.75  # one label in four was made wrong
+    assert 0 <= findings.converted.accuracy <= 1
+    regular, chosen, smaller = findings.frontier
+    assert regular.accuracy == 0.75
+    assert chosen.accuracy == findings.converted.accuracy
+    assert smaller.macs < chosen.macs < regular.macs
+
+
+def test_the_frontier_begins_with_the_regular_network_and_marks_the_chosen(findings):
+    assert [point.name for point in findings.frontier] == ["regular", "macs=0.5", "macs=0.3"]
+    assert [point.chosen for point in findings.frontier] == [False, True, False]
+    regular, chosen, smaller = findings.frontier
+    assert regular.error == 0
+    assert chosen.error == findings.error
+    assert smaller.error > chosen.error
+    assert chosen.torch_seconds == findings.converted.torch.median
+    assert chosen.runtime_seconds == findings.converted.runtime.median
+
+
+def test_headlines_are_ratios_of_both(findings):
+    params, macs, latency, accuracy = findings.headlines
+    regular, slim = findings.regular, findings.converted
+    assert params.ratio == f"{times(regular.account.params / slim.account.params)} fewer"
+    assert macs.details == f"{regular.account.macs:,} → {slim.account.macs:,}"
+    speed = regular.torch.ratio_to(slim.runtime).median
+    assert latency.ratio == f"{times(speed)} as fast"
+    assert latency.value == f"{milliseconds(slim.runtime.median)} ms"
+    assert accuracy.name == "Accuracy"
+    assert accuracy.before == "75.0 %"
+    assert all(each.convention for each in findings.headlines)
+    for word in (macs.ratio, params.ratio, latency.ratio, "75.0 %"):
+        assert word in findings.answer
+
+
+def test_without_labels_the_fourth_figure_is_the_error():
+    model = network()
+    found = separable.report(model, SIZE, budget="macs=0.5", calibration=images(), **QUICK)
+    name, value = found.headlines[3].name, found.headlines[3].value
+    assert (name, value) == ("Output error", small(found.error))
+    assert small(found.error) in found.answer
+    assert found.tested == 0
+
+
+def test_one_network_alone(alone):
+    assert alone.converted is alone.plan is None
+    assert alone.frontier == ()
+    assert all(layer.after is None for layer in alone.layers)
+    assert not any(layer.reason for layer in alone.layers)
+    assert alone.headlines[0].ratio == ""
+    assert alone.headlines[3].value == small(alone.regular.deviation)
+    assert 0 < alone.regular.deviation < 1e-3
+    assert "the separable runtime runs it" in alone.answer
+    assert alone.command == "separable.report(Sequential, (1, 3, 12, 12), threads=1, seed=0)"
+
+
+def test_the_model_is_as_before():
+    model = network().train()
+    model[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    separable.report(model, SIZE, **QUICK)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_converted_network_may_be_given(converted):
+    model = network().eval()
+    found = separable.report(
+        model, SIZE, converted=converted, beside={"itself": model}, calibration=images(), **QUICK
+    )
+    assert found.plan == converted.report.plan
+    assert found.error == converted.report.error
+    assert [point.name for point in found.frontier] == ["regular", "macs=0.5", "itself"]
+    assert found.frontier[2].error == pytest.approx(0, abs=1e-9)
+
+
+def test_nothing_to_convert_is_said_and_the_rest_reported():
+    found = separable.report(
+        nn.Sequential(nn.Linear(4, 3)), (2, 4), budget="macs=0.5", calibration=None, **QUICK
+    )
+    assert found.converted is None
+    assert "There is nothing to convert: it has no convolution." in found.answer
+    depthwise = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    found = separable.report(
+        depthwise, (1, 4, 8, 8), budget="macs=0.5", calibration=torch.randn(8, 4, 8, 8), **QUICK
+    )
+    assert "nothing to convert: no convolution can change (0: already depthwise)" in found.answer
+
+
+class Branches(nn.Module):
+    """Control flow on values, which has no graph."""
+
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x - 1
+
+
+def test_a_network_without_a_runtime_is_reported_without_it():
+    found = separable.report(Branches(), (1, 4), **QUICK)
+    assert found.regular.runtime is None
+    assert found.regular.problem
+    assert "The separable runtime can't take it: " in found.answer
+    assert found.headlines[3].value == "none"
+    assert "\n" not in found.answer
+    assert found.layers[0].before.runtime_seconds is None
+
+
+def test_what_goes_back_to_torch_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3))
+    found = separable.report(model, SIZE, **QUICK)
+    before = {layer.name: layer.before for layer in found.layers}
+    assert before["1"].runs_in == "torch"
+    assert before["1"].runtime_seconds is None
+    assert before["0"].runtime_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": "speed=1"}, r"`budget` \(='speed=1'\)"),
+        ({"budget": "macs=0.5", "frontier": ["0.3"]}, r"`budget` \(='0.3'\)"),
+        ({"frontier": ["macs=0.5"]}, "belong to a conversion"),
+        ({"beside": {"itself": nn.Identity()}}, "belong to a conversion"),
+        ({"budget": "macs=0.5", "converted": nn.Identity()}, "exclude each other"),
+        ({"repeats": 0}, r"`repeats` \(=0\)"),
+    ],
+)
+def test_errors(options, words):
+    with pytest.raises(ValueError, match=words):
+        separable.report(network(), SIZE, **{**QUICK, "calibration": images(), **options})
+
+
+def test_labels_need_a_classifier():
+    model = nn.Conv2d(3, 4, 3)
+    data = [(images(4), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(ValueError, match="`data` is for networks that return one score per class"):
+        separable.report(model, SIZE, data=data, **QUICK)
+
+
+def test_json_and_csv_hold_the_same_figures(findings):
+    read = json.loads(json.dumps(findings.to_dict()))
+    assert read["answer"] == findings.answer
+    assert read["regular"]["account"]["macs"] == findings.regular.account.macs
+    assert read["frontier"][1]["chosen"] is True
+    rows = list(csv.DictReader(io.StringIO(to_csv(findings.layers))))
+    assert len(rows) == len(findings.layers) == len(read["layers"])
+    for row, layer, other in zip(rows, findings.layers, read["layers"], strict=True):
+        assert row["name"] == layer.name == other["name"]
+        assert int(row["regular_macs"]) == layer.before.macs == other["before"]["macs"]
+        assert int(row["converted_params"]) == layer.after.params
+        assert float(row["regular_torch_seconds"]) == layer.before.torch_seconds
+        assert row["reason"] == layer.reason
+
+
+def test_labelled_data_are_used_once(findings):
+    """A generator of batches serves all networks."""
+    model = network()
+    batches = iter(labelled(model))
+    found = separable.report(model, SIZE, data=batches, **QUICK)
+    assert (found.tested, found.regular.accuracy) == (40, findings.regular.accuracy)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00 k"), (999_600, "1.00 M"), (11_689_512, "11.7 M")],
+)
+def test_amounts(number, text):
+    assert amount(number) == text
+
+
+def test_figures_in_words():
+    assert milliseconds(0.0123456) == "12.3"
+    assert milliseconds(0.000123) == "0.123"
+    assert milliseconds(None) == ""
+    assert [times(value) for value in (0.5, 7.384, 17.98, math.inf)] == [
+        "0.50×", "7.38×", "18.0×", "∞×",
+    ]  # fmt: skip
+    assert small(0.0312) == "0.031"
+    assert small(2.44e-6) == "2.4·10⁻⁶"
