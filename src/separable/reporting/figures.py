@@ -26,6 +26,7 @@ ENGINES = {"PyTorch": "#c75f12", "separable runtime": "#2b7bba"}
 NEUTRAL = "#7a8591"
 INK = "#1c2127"
 FAINT = "rgba(127, 136, 146, 0.22)"
+CLOCK = 2e-7  # seconds below which a kernel is too short to be timed
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
@@ -190,7 +191,8 @@ def _roofline(findings: Findings) -> Figure | None:
         "Left of the bend a layer waits for memory, right of it for arithmetic; its distance below "
         "the line is what is lost besides. One core; the bend is at "
         f"{ridge:.1f} MACs per byte. Bandwidth is that of a copy of 4 MiB: a layer whose data stay "
-        "in a nearer cache may lie above the slope. Layers without MACs are left out.",
+        "in a nearer cache may lie above the slope. Layers without MACs, and those of less "
+        "than 0.2 µs, are left out.",
         plot,
     )
 
@@ -215,9 +217,9 @@ def _measured(findings: Findings) -> Iterator[tuple[tuple[str, str], list[Dot]]]
             yield (
                 (name, "separable runtime"),
                 [
-                    Dot(step.macs, step.traffic, step.seconds, _called(step.layer))
+                    Dot(step.macs, step.traffic, step.seconds or 0.0, _called(step.layer))
                     for step in network.explanation.rows
-                    if step.macs and step.traffic and step.seconds
+                    if step.macs and step.traffic and (step.seconds or 0.0) > CLOCK
                 ],
             )
 

@@ -25,8 +25,8 @@ from .elementwise import load_strided
 from .expression import Expression
 from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, window_runs
 
-_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
 _LINE = 16  # floats
+_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
 _CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
 
 
@@ -306,7 +306,12 @@ class _Emitter:
             )
 
     def taps(
-        self, run: Run, position: Sequence[Index], x: Value, panel: _Panel, turn: Index
+        self,
+        run: Run,
+        position: Sequence[Index],
+        x: Value,
+        panel: _Panel,
+        turn: Index,
     ) -> list[Value]:
         b, conv = self.b, self.conv
         image, row, column = position
@@ -402,7 +407,7 @@ class _Emitter:
             unroll = 1
         # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
         lines = 0
-        if self.turns > 1 and unroll < depth:
+        if self.turns > 1 and depth > 4:
             share = -(-depth * lanes // self.turns)
             following = b.at(w, b.mul(turn, share), conv.depth * lanes)
             lines = -(-unroll * lanes // self.turns // _LINE)
