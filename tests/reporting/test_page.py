@@ -87,6 +87,16 @@ def test_a_phone_scrolls_only_down(visit, name):
     assert found.violations_count == 0, found.generate_report()
 
 
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+def test_plots_fill_their_place_and_no_more(visit, viewport):
+    page = visit(viewport=viewport)
+    widths = page.eval_on_selector_all(
+        "figure", "all => all.map(f => [f.clientWidth, f.querySelector('.main-svg').clientWidth])"
+    )
+    assert len(widths) == 5
+    assert all(drawn == pytest.approx(place, abs=2) for place, drawn in widths)
+
+
 def test_a_column_sorts_down_and_up(visit, findings):
     page = visit()
     leaves = [layer for layer in findings.layers if layer.is_leaf]
