@@ -151,7 +151,7 @@ def _shared(network: Network) -> set[str]:
     found: set[str] = set()
     for _, names in multiplying(network):
         around = [set(_upwards(name)) for name in names]
-        found |= set.union(*around) - set.intersection(*around)
+        found |= {name for some in around for name in some if not all(name in a for a in around)}
     return found
 
 

@@ -27,7 +27,7 @@ CONFIG = {"responsive": True, "displayModeBar": False, "scrollZoom": False}
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table: its text, what it sorts by, the length of its bar, if it is shared."""
+    """One figure of the table: its text, what it sorts by, the length of its bar."""
 
     text: str
     value: float
