@@ -15,7 +15,7 @@ from torch import nn
 
 from separable.conversion.applying import with_batch_norm
 from separable.conversion.choosing import cost
-from separable.conversion.fitting import Target, bias_of, fit, targets
+from separable.conversion.fitting import fit, targets
 from separable.conversion.forms import Factors, Form, grouped, separated, weight_only
 from separable.conversion.moments import Moments
 from separable.conversion.sites import Inputs, Site, divergence, replaced, survey, trace
@@ -47,9 +47,12 @@ def _aware(form: Form) -> Layer:
 
     def layer(conv: Any, site: Site, macs: float, moments: Moments) -> nn.Module:
         rank = _rank(site, form, macs)
-        (goal,) = targets(grouped(conv.weight.detach(), 1), moments, None)
-        factors = fit(Target(goal.weight, goal.gram), form, rank)
-        return separated(conv, factors, bias_of(factors.dense(), moments))
+        weight = grouped(conv.weight.detach().double(), 1)
+        (goal,) = targets(weight, moments, None, own=True)
+        factors = fit(goal, form, rank)
+        gap = (weight - factors.dense()).flatten(2)  # the mean output stays the original's
+        bias = torch.einsum("gnf,gf->gn", gap, moments.mean).flatten()
+        return separated(conv, factors, bias if conv.bias is None else bias + conv.bias)
 
     return layer
 

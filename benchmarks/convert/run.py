@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
 import time
@@ -70,10 +71,8 @@ def measured(cell: tuple[Any, ...], have: set[str], methods: list[str]) -> Itera
     missing = [method for method in methods if method not in have]
     found = theirs(model, given, fold, missing) if missing else iter(())
     start = time.perf_counter()
-    for method, result, macs in [
-        *(() if tables.OURS in have else ours(model, given, fold)),
-        *found,
-    ]:
+    mine = iter(()) if tables.OURS in have else ours(model, given, fold)
+    for method, result, macs in itertools.chain(mine, found):
         yield {
             **dict(zip(KEYS, cell, strict=True)),
             "method": method,
@@ -85,14 +84,18 @@ def measured(cell: tuple[Any, ...], have: set[str], methods: list[str]) -> Itera
     print(f"{cell}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def conditions() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows and what they depend on as JSON, whole or not at all."""
+    found = {
         "versions": {m.__name__: m.__version__ for m in (torch, tensorly, separable)},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),
+        "rows": rows,
     }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
 
 
 @click.command()
@@ -127,8 +130,9 @@ def main(
     cells = [(n, d, s, count, f) for s in seeds for d in datasets for n in names for f in folds]
     for cell in cells:
         have = {row["method"] for row in rows if tuple(row[key] for key in KEYS) == cell}
-        rows += measured(cell, have, [] if alone else list(methods))
-        out.write_text(json.dumps({**conditions(), "rows": rows}, indent=1) + "\n")
+        for row in measured(cell, have, [] if alone else list(methods)):
+            rows.append(row)
+            write(out, rows)
 
 
 if __name__ == "__main__":

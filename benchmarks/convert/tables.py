@@ -50,7 +50,7 @@ def by_network(rows: list[Row]) -> str:
 
 
 def by_method(rows: list[Row]) -> str:
-    """Each method over the cells that it shares with ours."""
+    """Each method over the cells of ours in which it was measured, beside ours in those."""
     best = {cell(row): row for row in rows if row["method"] == OURS}
     lines = []
     for dataset, fold in sorted({(row["data"], row["fold"]) for row in rows}):
@@ -66,16 +66,17 @@ def by_method(rows: list[Row]) -> str:
                     f"{_mean(those, lost):.2f}",
                     f"{max(map(lost, those)):.2f}",
                     f"{_mean(those, lambda row: row['kl']):.4f}",
-                    "" if method == OURS else f"{ahead} of {len(those)}",
+                    f"{_mean(those, lambda row: best[cell(row)]['kl']):.4f}",
+                    f"{len(those)}" if method == OURS else f"{ahead} of {len(those)}",
                 ]
             )
-    head = ["", "method", "cut", "points lost", "worst", "KL", "separable ahead (KL)"]
+    head = ["", "method", "cut", "points lost", "worst", "KL", "separable's there", "ahead"]
     return grid(head, lines)
 
 
-def standing(rows: list[Row]) -> str:
-    """How often no rival is ahead, and the mean KL divergence against the best rival's."""
-    best = {cell(row): row for row in rows if row["method"] == OURS}
+def standing(rows: list[Row], method: str) -> str:
+    """How often no rival is ahead of a method, and its mean KL against the best rival's."""
+    best = {cell(row): row for row in rows if row["method"] == method}
     against: dict[Any, float] = {}
     for row in rows:
         if row["method"] not in (OURS, ONCE) and cell(row) in best:
@@ -86,8 +87,9 @@ def standing(rows: list[Row]) -> str:
     ours = statistics.fmean(best[key]["kl"] for key in against)
     theirs = statistics.fmean(against.values())
     return (
-        f"ahead of every rival in {won} of {len(against)} cells; mean KL {ours:.4f}, "
-        f"of the best rival in each cell {theirs:.4f}: {ours / theirs:.2f} of it"
+        f"{method}: ahead of every rival in {won} of {len(against)} cells (network, data, budget, "
+        f"seed); mean KL {ours:.4f}, of the best rival in each cell {theirs:.4f}: "
+        f"{ours / theirs:.2f} of it"
     )
 
 
@@ -102,7 +104,9 @@ def main() -> None:
     print({key: value for key, value in found.items() if key != "rows"})
     for count in sorted({row["calibration"] for row in found["rows"]}, reverse=True):
         rows = [row for row in found["rows"] if row["calibration"] == count]
-        print(f"\n{count} calibration inputs: {standing(rows)}\n")
+        print(f"\n{count} calibration inputs\n")
+        print(standing(rows, OURS), standing(rows, ONCE), sep="\n")
+        print()
         print(by_network(rows), by_method(rows), sep="\n\n")
 
 

@@ -13,11 +13,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
 
-from separable.demo.digits import Digits, load_digits
-
 from separable.demo import story as story_module
 from separable.demo import tell
-from separable.demo.learning import fit, steps_per_epoch, wilson_interval
+from separable.training.digits import Digits, load_digits
+from separable.training.scoring import wilson_interval
 
 # the tests convert with fewer images than the demo does
 pytestmark = pytest.mark.filterwarnings("ignore:layer .* more calibration inputs would help")
@@ -63,31 +62,6 @@ def test_wilson_interval_solves_its_definition(correct, total):
     assert high - low > 0
 
 
-def test_training_learns_and_is_reproducible(digits):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 16, 8, stride=4),
-            torch.nn.BatchNorm2d(16),
-            torch.nn.ReLU(),
-            torch.nn.Flatten(),
-            torch.nn.Linear(16 * 7 * 7, 10),
-        )
-    start = {name: value.clone() for name, value in network.state_dict().items()}
-    data, steps = few(digits, 320), []
-    runs = []
-    for _ in range(2):
-        network.load_state_dict(start)
-        generator = torch.Generator().manual_seed(0)
-        runs.append(
-            fit(network, data, 3, generator=generator, after_step=lambda: steps.append(None))
-        )
-    assert runs[0] == runs[1]
-    assert runs[0][-1] < 0.8 * runs[0][0]
-    assert len(steps) == 2 * 3 * steps_per_epoch(data) == 60
-    assert not network.training
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory, digits):
     out = tmp_path_factory.mktemp("told") / "new" / "folder"
@@ -116,8 +90,6 @@ def test_story_compares_the_two_forms(told):
     assert story.promise_kept(separable) == savings["latency"] / savings["macs"]
     assert story.savings(regular)["latency"] == story.promise_kept(regular) == 1
     assert 0 <= separable.interval[0] <= separable.accuracy <= separable.interval[1] <= 1
-    assert len(separable.losses) == 1
-    assert converted.losses == ()
     # a budget of the convolutions' multiply-adds, the classifier aside
     assert 0.9 * separable.account.macs < converted.account.macs < 1.01 * separable.account.macs
 

@@ -158,7 +158,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
     extra = random(case.batch, channels, *size)
     chain = kernel_file.joined(stages)
     tiles = tuple(stage_tile(stage, machine) for stage in chain.stages)
-    tile = ChainTile(tiles, case.rows, case.bands)
+    tile = ChainTile(tiles, min(case.rows, size[0]), case.bands)
     operands = [x.permute(0, 2, 3, 1).contiguous()]
     for stage, stage_cut, (weight, bias) in zip(chain.stages, tiles, parameters, strict=True):
         if isinstance(stage, Conv):
@@ -168,7 +168,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
             operands += window.pack(stage, machine, weight, bias)
     if case.residual:
         operands.append(extra.permute(0, 2, 3, 1).contiguous())
-    floats = kernel_file.scratch_size(chain, case.rows)
+    floats = kernel_file.scratch_size(chain, tile.rows)
     scratch = torch.full((floats + 2 * GUARD,), float("nan"))
     scratch[:GUARD] = scratch[-GUARD:] = 123.0
     operands.append(scratch[GUARD:-GUARD])
@@ -215,10 +215,12 @@ def test_drawn_shapes(data: st.DataObject) -> None:
     kernel, stride, dilation = draw(kernels), draw(pair), draw(pair)
     padding = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
     channels = st.integers(1, 70)
+    window = Layer(0, kernel, stride, padding, dilation, draw(st.integers(1, 2)))
+    before, after = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     layers = (
-        *draw(st.sampled_from([(), (pointwise(draw(channels)),)])),
-        Layer(0, kernel, stride, padding, dilation, draw(st.integers(1, 2))),
-        *draw(st.sampled_from([(), (pointwise(draw(channels)),)])),
+        *([pointwise(draw(channels))] if before else []),
+        window,
+        *([pointwise(draw(channels))] if after else []),
     )
     size = tuple(
         max(1, (k - 1) * d + 1 - 2 * p) + draw(st.integers(0, 9))

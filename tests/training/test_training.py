@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 
 import separable
 from separable.training import Distillation, Recipe, finetune, train
-from separable.training.learning import blended, divergence
+from separable.training.learning import divergence
 from separable.training.matching import block_ends
 
 from .networks import blobs, net, net1d, same, seeded
@@ -259,8 +259,8 @@ def test_without_labels_none_is_read(original, data):
 
 def test_labels_are_learned_from_where_asked(original):
     model, slim = original
-    plain = finetune(slim, teacher=model, data=blobs(), **QUICK, mixup=0)
-    taught = finetune(slim, teacher=model, data=blobs(), labels=True, **QUICK, mixup=0)
+    plain = finetune(slim, teacher=model, data=blobs(), **QUICK)
+    taught = finetune(slim, teacher=model, data=blobs(), labels=True, **QUICK)
     assert not same(plain, taught)
     with pytest.raises(TypeError, match="training with labels needs"):
         finetune(slim, teacher=model, data=blobs()[0], labels=True, **QUICK)
@@ -305,16 +305,6 @@ def test_divergence_is_its_definition():
     error = divergence(*images, 1.0).mean()
     spread = (images[1] - images[1].mean(0)).square().mean()
     assert torch.allclose(error, (images[0] - images[1]).square().mean() / spread)
-
-
-def test_blends_are_of_two_inputs_each():
-    inputs = torch.eye(6)
-    torch.manual_seed(0)
-    mixed = blended(inputs, 1.0)
-    assert torch.allclose(mixed.sum(1), torch.ones(6))
-    assert ((mixed > 0).sum(1) <= 2).all()
-    assert torch.equal(blended(inputs, 0.0), inputs)
-    assert (blended(torch.randn(1000, 3), 0.5) == 0).sum() + 1 > 0
 
 
 @pytest.mark.parametrize("kind", ["train", "frozen"])

@@ -19,12 +19,16 @@ from .sites import Inputs, divergence, is_logits, tensors
 
 STEPS, SAMPLES = 300, 64
 """optimiser steps, and inputs in each"""
-WORK = 1e12
+WORK = 5e11
 """multiply-adds to spend; networks too large for a tenth of the steps are left as they are"""
 RATE = 0.02
 """largest step of a weight relative to its tensor's root mean square"""
+LAYERS = 1.0
+"""weight of the layers' own errors beside the divergence of the outputs"""
 TEMPERATURE = 4.0
 """of the outputs that are compared (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"""
+BLENDED = 2
+"""one in so many steps sees blends"""
 KEPT = 1024
 """inputs held in memory"""
 
@@ -84,7 +88,7 @@ def refined(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step / steps)
         slopes = [torch.zeros_like(weight) for weight in weights]
-        for batch in _draws(kept, part, generator, blend=step % 2 == 1):
+        for batch in _draws(kept, part, generator, blend=step % BLENDED == BLENDED - 1):
             with torch.enable_grad():
                 loss = _loss(result, original, names, scales, batch) / drawn
             if not loss.requires_grad:
@@ -226,5 +230,5 @@ def _loss(
             loss = loss + len(batch) * (new - old).square().sum() / energy
     for (name, new), (_, old) in zip(reached, wanted, strict=True):
         scale = variances[name].to(new.dtype) * old.numel() / len(batch)
-        loss = loss + (new - old).square().sum() / scale
+        loss = loss + LAYERS * (new - old).square().sum() / scale
     return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,18 +14,29 @@ from typing import Any
 import torch
 from prettytable import PrettyTable
 from torch import nn
-from tqdm import tqdm
 
 from ..conversion import convert
 from ..cost import Account, Measurement, count, measure_interleaved
 from ..cost.account import Format, check_format, draw
 from ..models import mobilenet_v1
 from ..reporting import Findings, report
+from ..training import Recipe, train
 from ..training.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
-from .learning import count_correct, fit, steps_per_epoch, wilson_interval
+from ..training.scoring import count_correct, wilson_interval
 
 BATCH = 64
 INPUT_SIZE = (BATCH, 1, IMAGE_SIZE, IMAGE_SIZE)
+# of both forms, trained for ten epochs of 1257 images
+RECIPE: dict[str, Any] = {
+    "batch_size": 32,
+    "lr": 0.2,
+    "weight_decay": 5e-4,
+    "warmup": 0.3,
+    "ema": 0.99,
+    "augment": "shift",
+    "validation": 0.0,
+    "accelerator": "cpu",
+}
 # unlabelled training images that the conversion sees
 CALIBRATION = 640
 # on few cores the barriers of a busy machine cost more than a second thread gains
@@ -37,7 +49,6 @@ class Contender:
 
     Attributes:
         name: its name in the table.
-        losses: mean training loss of each epoch; none where it was converted, not trained.
         correct: test images put into their class.
         tested: test images.
         account: what a pass over `BATCH` images costs.
@@ -45,7 +56,6 @@ class Contender:
     """
 
     name: str
-    losses: tuple[float, ...]
     correct: int
     tested: int
     account: Account
@@ -83,7 +93,6 @@ class Contender:
             "interval": self.interval,
             "correct": self.correct,
             "tested": self.tested,
-            "losses": self.losses,
             **self.costs,
             "measurement": self.measurement.to_dict(),
             "account": self.account.to_dict(),
@@ -253,14 +262,10 @@ def _networks(seed: int, width: float) -> dict[str, nn.Module]:
 
 def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: int) -> Story:
     """Train both networks, convert the regular one into `networks` too, and compare."""
-    losses: dict[str, tuple[float, ...]] = {}
-    steps = epochs * steps_per_epoch(digits)
+    recipe = Recipe(epochs=epochs, seed=seed, **RECIPE)
+    labelled = digits.train_images, digits.train_labels
     for name, network in networks.items():
-        with tqdm(total=steps, desc=f"training the {name} form", unit="step", disable=None) as bar:
-            generator = torch.Generator().manual_seed(seed)
-            losses[name] = tuple(
-                fit(network, digits, epochs, generator=generator, after_step=bar.update)
-            )
+        networks[name] = train(network, labelled, recipe=recipe, progress=sys.stderr.isatty())
     # as many multiply-adds as the separable form has, and no label
     macs = {name: count(network, INPUT_SIZE).macs for name, network in networks.items()}
     budget = f"macs={macs['separable'] / macs['regular']:.4f}"
@@ -272,8 +277,7 @@ def _compete(networks: dict[str, nn.Module], digits: Digits, epochs: int, seed: 
     contenders = [
         Contender(
             name=name,
-            losses=losses.get(name, ()),
-            correct=count_correct(network, digits),
+            correct=count_correct(network, digits.test_images, digits.test_labels),
             tested=len(digits.test_labels),
             account=count(network, INPUT_SIZE),
             measurement=measurement,

@@ -31,7 +31,7 @@ _TASKS_PER_THREAD = 4
 # Cycles per byte of what does not stay in the L2 cache, and of rows that move within it.
 _WRITE, _READ, _MOVE = 0.06, 0.04, 0.06
 _STEP = 300.0  # cycles to begin a step, and once more per further thread
-_MARGIN = 1.01  # a chain must be better by so much
+_MARGIN = 1.03  # a chain must be better by so much
 
 
 def fuse_chains(steps: Sequence[Step], machine: Machine, threads: int) -> list[Step]:
@@ -244,9 +244,11 @@ def chained_cycles(chain: Chain, tile: ChainTile, machine: Machine, threads: int
     if 4 * (chains.scratch_size(chain, tile.rows) + passing) > room:
         between = sum(_output_bytes(stage) for stage in stages[:-1])
         cycles += between / last.batch * (_WRITE + _READ)
-    tasks = last.batch * parts
-    balance = -(-tasks // threads) * threads / tasks
-    cycles = _MARGIN * last.batch * cycles * balance
+    rows = [
+        min(tile.rows * tile.bands, last.size[0] - i)
+        for i in range(0, last.size[0], tile.rows * tile.bands)
+    ]
+    cycles = _MARGIN * last.batch * cycles * _imbalance(rows * last.batch, threads)
     cycles += _passing(_input_bytes(stages[0]), _output_bytes(last), machine, threads)
     return cycles / threads + _STEP * threads
 
@@ -260,6 +262,14 @@ def cycles_alone(kernel: Kernel, threads: int) -> float:
     cycles = stage.batch * _arithmetic(stage, cut, None, machine)
     cycles += _passing(_input_bytes(stage), _output_bytes(stage), machine, threads)
     return cycles / threads + _STEP * threads
+
+
+def _imbalance(tasks: Sequence[int], threads: int) -> float:
+    """The longest thread's share of tasks of these sizes over an equal one."""
+    loads = [0] * threads
+    for task in tasks:
+        loads[loads.index(min(loads))] += task
+    return max(loads) * threads / sum(loads)
 
 
 def _passing(read: int, written: int, machine: Machine, threads: int) -> float:

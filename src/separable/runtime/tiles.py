@@ -50,8 +50,9 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
         wanted = _TASKS_PER_THREAD * threads
         weights = 4 * conv.depth * conv.channels[1]
         pixels_bytes = 4 * inputs * rows * conv.size[1]
-        # Heavy weights are shared out by channels, so that each thread reads its own.
-        if weights > pixels_bytes:
+        # Heavy weights are shared out by channels, so that each thread reads its own. Otherwise
+        # each thread keeps to its rows, which the next step finds in its cache.
+        if weights > max(pixels_bytes, machine.l2 // 2):
             shares = min(panels, max(1, wanted // conv.groups))
         wanted = -(-wanted // (shares * conv.groups))
         if rows > 1:
@@ -65,7 +66,10 @@ def _fits(pixels: int, vectors: int, machine: Machine) -> bool:
     """Accumulators, one vector of weights each, the broadcast input, and a product without FMA."""
     if pixels == 1:
         return vectors + 2 <= machine.registers
-    return pixels * vectors + vectors + 1 + (not machine.fma) <= machine.registers
+    # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast.
+    spare = 2 * (machine.registers == 32)
+    taken = pixels * vectors + vectors + 1 + (not machine.fma) + spare
+    return taken <= machine.registers
 
 
 def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -> float:

@@ -103,8 +103,9 @@ def footprints(kernel: Kernel) -> list[int]:
 
 def _chain(does: Chain, kernel: Kernel) -> list[int]:
     tile, stages = kernel.tile, does.stages
-    if not isinstance(tile, ChainTile) or not all(isinstance(s, Conv | Window) for s in stages):
-        raise ValueError("a chain is of convolutions and windows, and needs a `tile`")
+    known = all(isinstance(stage, Conv | Window) for stage in stages)
+    if not isinstance(tile, ChainTile) or len(stages) < 2 or not known:
+        raise ValueError("a chain is of several convolutions and windows, and needs a `tile`")
     first, *inner, last = stages
     _require(
         batch=all(stage.batch == first.batch for stage in stages),
@@ -112,7 +113,11 @@ def _chain(does: Chain, kernel: Kernel) -> list[int]:
         extra_strides=not any(stage.extra_strides for stage in stages[:-1]),
         rows=1 <= tile.rows <= last.size[0],
         bands=tile.bands >= 1,
-        tiles=all(cut is None or cut.rows == cut.panels == 1 for cut in tile.tiles),
+        tiles=len(tile.tiles) == len(stages)
+        and all(
+            cut is None or (cut.rows == cut.panels == 1 and cut.pixels <= stage.size[1])
+            for stage, cut in zip(stages, tile.tiles, strict=False)
+        ),
     )
     for before, after in itertools.pairwise(stages):
         inputs = after.channels[0] if isinstance(after, Conv) else after.channels

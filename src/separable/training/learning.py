@@ -153,8 +153,6 @@ class Distilling(Learning):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of inputs, or `(inputs, labels)`."""
         recipe, inputs = self.distillation, inputs_of(batch)
-        if recipe.mixup and not recipe.labels:
-            inputs = blended(inputs, recipe.mixup)
         with self.matching as features:
             with torch.no_grad():
                 goal = self.held.teacher(inputs)
@@ -179,20 +177,6 @@ class Distilling(Learning):
         if _are_logits(goal):
             self.agreement.update((outputs.argmax(1) == goal.argmax(1)).float())
             self.record("val_agreement", self.agreement)
-
-
-def blended(inputs: Tensor, share: float) -> Tensor:
-    """Blend a share of the inputs `[N, ...]` with others of the batch, each by its own amount.
-
-    Blends show the teacher's function where there is no data (Beyer et al. 2022, arXiv:2106.05237;
-    mixup of Zhang et al. 2018, arXiv:1710.09412, the amount uniform).
-    """
-    count = len(inputs)
-    amount = torch.rand(count, device=inputs.device) * (
-        torch.rand(count, device=inputs.device) < share
-    )
-    amount = amount.to(inputs.dtype).view(-1, *[1] * (inputs.ndim - 1))
-    return torch.lerp(inputs, inputs.roll(1, 0), amount)
 
 
 class _Held:

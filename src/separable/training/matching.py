@@ -39,7 +39,8 @@ def block_ends(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) 
     if not found:
         raise ValueError(
             "`features` needs modules to match, and `student` has no converted layers: name "
-            "modules that student and teacher both have, as in blocks=('layer1.*',)"
+            "modules that student and teacher both have, as in blocks=('layer1.*',), or use "
+            "features=0"
         )
     return found
 

@@ -147,9 +147,10 @@ class Distillation(Recipe):
 
     epochs: int = _field(1, "Passes over the training data.", 1)
     batch_size: int = _field(
-        32, "Inputs per optimiser step, over all processes and accumulated passes.", 1
+        16, "Inputs per optimiser step, over all processes and accumulated passes.", 1
     )
     optimizer: Optimizer = _field("adamw", "SGD with Nesterov momentum, or AdamW.")
+    lr: float | None = _field(5e-4, "Peak learning rate; None as in `train`.", 0)
     weight_decay: float | None = _field(
         0.0,
         "Not on norms, biases and depthwise filters; by optimiser as in `train` if left out.",
@@ -163,17 +164,14 @@ class Distillation(Recipe):
         0.0, "Share held out, drawn at random, where the data has no part for it.", 0, 0.9
     )
     temperature: float = _field(2.0, "Both networks' logits are divided by it.", 0.01)
-    mixup: float = _field(
-        1.0, "Share of the inputs that are blended with another one of the batch.", 0, 1
-    )
     features: float = _field(
-        0.0, "Weight of the block ends' relative squared error; 0 leaves them out.", 0
+        1.0, "Weight of the block ends' relative squared error; 0 leaves them out.", 0
     )
     blocks: tuple[str, ...] = _field(
         (), "Modules to match, as in layer1.*; left out the blocks that hold converted layers."
     )
     batch_norm: BatchNorm = _field(
-        "train", "Whether batch norm goes on learning its statistics, or keeps them."
+        "frozen", "Whether batch norm goes on learning its statistics, or keeps them."
     )
     labels: bool = _field(False, "Learn from labels too, half and half.")
 

@@ -45,6 +45,9 @@ class Builder:
             self.module, ir.FunctionType(ir.VoidType(), [PTR] * arguments + [I64, I64]), name
         )
         body.linkage = "internal"
+        # Where a quotient allows it: an estimate and one step of Newton's, for a slow division.
+        # (The set's own `add` knows no attributes of this kind.)
+        set.add(body.attributes, '"reciprocal-estimates"="vec-divf:1"')
         for pointer in body.args[:arguments]:
             pointer.add_attribute("noalias")
         if inside is None:
@@ -272,6 +275,10 @@ class Builder:
         if not self.machine.fma:
             return self.ir.fadd(self.ir.fmul(a, b), c)
         return self.intrinsic("fma", a, b, c)
+
+    def quotient(self, a: Value, b: Value) -> Value:
+        """`a / b` but for the last bit, of a finite `b` whose reciprocal is a normal number."""
+        return self.ir.fdiv(a, b, flags=["arcp"])
 
     def intrinsic(self, name: str, *arguments: Value) -> Value:
         """LLVM's intrinsic of that name for the type of its arguments."""

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from ..machine import Machine
 from . import expression
 from .builder import Builder, Index, Value
+from .elementwise import load_strided
 from .expression import Expression
-from .tiling import Run, even_sizes, vector_panels, window_runs
+from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, window_runs
 
-_UNROLL = 256  # multiply-adds of straight-line code per channel loop, at most about
 _LINE = 16  # floats
-_CHAIN = 640  # products added up in one go; rounding errors grow with the root of the length
+_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
+_CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,11 @@ class _Emitter:
         self.x, self.w, self.bias, *self.extras, self.y = b.pointers
         inputs, outputs = conv.channels
         self.padded = -(-outputs // b.width) * b.width
-        kw, dilation = conv.kernel[1], conv.dilation[1]
-        self.runs = window_runs(
-            conv.size[1],
-            tile.pixels,
-            conv.in_size[1],
-            kw,
-            conv.stride[1],
-            conv.padding[1],
-            dilation,
-        )
+        self.runs = window_runs(conv, tile.pixels)
         # Taps of a row that lie behind one another in memory are one longer row of channels.
-        self.joined = conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and dilation == 1
+        self.joined = (
+            conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and conv.dilation[1] == 1
+        )
         self.panels = vector_panels(outputs, b.width, tile.vectors)
         self.blocks = sum(run.count for run in self.runs)
         self.turns = tile.rows * min(tile.blocks, self.blocks)
@@ -349,24 +343,10 @@ class _Emitter:
             return result
 
         zeros = [b.zero()] * (run.size * panel.vectors)
-        sums = b.loop(*self._rows_inside(top), line, zeros)
+        sums = b.loop(*taps_inside(b, top, conv), line, zeros)
         # Last, as torch does: on top of a large bias, each product would be rounded to its size.
         bias = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
         return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]
-
-    def _rows_inside(self, top: Index) -> tuple[Index, Index]:
-        """The taps `low <= ky < high` whose input row is inside the image."""
-        b, conv = self.b, self.conv
-        kh, d = conv.kernel[0], conv.dilation[0]
-        if (
-            conv.padding[0] == 0
-            and conv.size[0] * conv.stride[0] <= conv.in_size[0] - (kh - 1) * d + conv.stride[0] - 1
-        ):
-            return 0, kh
-        low = b.divmod(b.maximum(b.add(b.mul(top, -1), d - 1), 0), d)[0]
-        room = b.add(b.add(b.mul(top, -1), conv.in_size[0]), d - 1)
-        high = b.minimum(b.divmod(b.maximum(room, 0), d)[0], kh)
-        return low, high
 
     def channels(
         self,
@@ -422,10 +402,12 @@ class _Emitter:
             return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
         cost = (high - low) * vectors
-        unroll = depth if depth * cost <= _UNROLL else min(4, max(1, _UNROLL // cost))
+        unroll = 4 if depth % 3 else 3
+        if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
+            unroll = 1
         # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
         lines = 0
-        if self.turns > 1 and unroll < depth:
+        if self.turns > 1 and depth > 4:
             share = -(-depth * lanes // self.turns)
             following = b.at(w, b.mul(turn, share), conv.depth * lanes)
             lines = -(-unroll * lanes // self.turns // _LINE)
@@ -437,11 +419,7 @@ class _Emitter:
         return chain(parts * length, depth - parts * length, sums)
 
     def epilogue(
-        self,
-        run: Run,
-        position: Sequence[Index],
-        sums: list[Value],
-        panel: _Panel,
+        self, run: Run, position: Sequence[Index], sums: list[Value], panel: _Panel
     ) -> None:
         b, conv = self.b, self.conv
         channel, vectors, tail = panel.channel, panel.vectors, panel.tail
@@ -459,9 +437,7 @@ class _Emitter:
                         return sums[i * vectors + v]
                     *_, along, lane = conv.extra_strides[number - 1]
                     source = b.at(extras[number - 1], i * along + v * b.width * lane)
-                    if lane == 0:
-                        return b.broadcast(b.load_scalar(source))
-                    return b.load(source, count)
+                    return load_strided(b, source, lane, count)
 
                 value = expression.emit(b, conv.epilogue, load)
                 b.store(value, b.at(out, i * conv.y_strides[2] + v * b.width), count)
@@ -486,12 +462,6 @@ def reference(
     Returns:
         `[N, groups × out, *size]`.
     """
-    sizes = zip(conv.size, conv.in_size, conv.kernel, conv.stride, conv.dilation, strict=True)
-    # Enough zeros behind the image for the last window, however the padding was given.
-    after = [
-        (out - 1) * s + (k - 1) * d + 1 - inside - before
-        for (out, inside, k, s, d), before in zip(sizes, conv.padding, strict=True)
-    ]
-    x = F.pad(x, (conv.padding[1], after[1], conv.padding[0], after[0]))
+    x = F.pad(x, surroundings(conv))
     out = F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
     return expression.evaluate(conv.epilogue, [out, *extras])

@@ -140,8 +140,10 @@ def _tanh(b: Builder, x: Value) -> Value:
     near = b.fma(b.ir.fmul(square, x), _polynomial(b, square, _TANH), x)
     one = _like(b, 1.0, x)
     magnitude = b.intrinsic("fabs", x)
-    grown = b.ir.fadd(_exp(b, b.ir.fadd(magnitude, magnitude)), one)
-    far = b.ir.fsub(one, b.ir.fdiv(_like(b, 2.0, x), grown))
+    # Past 30 it is 1 in single precision.
+    double = _minimum(b, b.ir.fadd(magnitude, magnitude), _like(b, 60.0, x))
+    grown = b.ir.fadd(_exp(b, double), one)
+    far = b.ir.fsub(one, b.quotient(_like(b, 2.0, x), grown))
     far = b.intrinsic("copysign", far, x)
     is_near = b.ir.fcmp_ordered("<", magnitude, _like(b, 0.625, x))
     return b.ir.select(is_near, near, far)
@@ -150,9 +152,9 @@ def _tanh(b: Builder, x: Value) -> Value:
 def _normal_cdf(b: Builder, x: Value) -> Value:
     one = _like(b, 1.0, x)
     a = b.intrinsic("fabs", x)
-    t = b.ir.fdiv(one, b.fma(a, _like(b, 0.3, x), one))
     # Past 14 the tail is 0 in single precision, and a² must not overflow into inf - inf.
     a = _minimum(b, a, _like(b, 14.5, x))
+    t = b.quotient(one, b.fma(a, _like(b, 0.3, x), one))
     exponent = b.ir.fmul(b.ir.fmul(a, a), _like(b, -0.5, x))
     tail = b.ir.fmul(_exp(b, exponent), _polynomial(b, t, _TAIL))
     below = b.ir.fcmp_ordered("<", x, _like(b, 0.0, x))

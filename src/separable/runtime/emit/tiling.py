@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from .builder import Builder, Index
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,32 @@ def even_sizes(length: int, size: int) -> list[int]:
     return [low + 1] * larger + [low] * (pieces - larger)
 
 
-def window_runs(
-    length: int,
-    size: int,
-    inside: int,
-    kernel: int = 1,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-) -> list[Run]:
-    """Cut `length` output positions into blocks and group equal neighbours.
+class _Sliding(Protocol):
+    """What a convolution or pool says of its filter, along (height, width)."""
 
-    Args:
-        length: output positions.
-        size: most positions per block.
-        inside: input positions.
-        kernel: taps of the filter.
-        stride: of the filter.
-        padding: zeros before the first input.
-        dilation: of the filter.
-    """
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def in_size(self) -> tuple[int, int]: ...
+    @property
+    def kernel(self) -> tuple[int, int]: ...
+    @property
+    def stride(self) -> tuple[int, int]: ...
+    @property
+    def padding(self) -> tuple[int, int]: ...
+    @property
+    def dilation(self) -> tuple[int, int]: ...
+
+
+def window_runs(does: _Sliding, most: int) -> list[Run]:
+    """Cut a row of outputs into blocks of `most` positions or less, and group equal neighbours."""
+    stride, dilation, padding = does.stride[1], does.dilation[1], does.padding[1]
     runs: list[Run] = []
     start = 0
-    for number, block in enumerate(even_sizes(length, size)):
+    for number, block in enumerate(even_sizes(does.size[1], most)):
         taps = tuple(
-            _valid(start, block, stride, tap * dilation - padding, inside) for tap in range(kernel)
+            _valid(start, block, stride, tap * dilation - padding, does.in_size[1])
+            for tap in range(does.kernel[1])
         )
         last = runs[-1] if runs else None
         if last and (last.size, last.taps) == (block, taps):
@@ -71,6 +75,30 @@ def window_runs(
             runs.append(Run(number, 1, start, block, taps))
         start += block
     return runs
+
+
+def taps_inside(b: Builder, top: Index, does: _Sliding) -> tuple[Index, Index]:
+    """The taps `low <= ky < high` of a column whose input rows, from `top` on, are in the image."""
+    kernel, d, inside = does.kernel[0], does.dilation[0], does.in_size[0]
+    reach = (does.size[0] - 1) * does.stride[0] + (kernel - 1) * d
+    if does.padding[0] == 0 and reach < inside:
+        return 0, kernel
+    low = b.divmod(b.maximum(b.add(b.mul(top, -1), d - 1), 0), d)[0]
+    room = b.add(b.mul(top, -1), inside + d - 1)
+    return low, b.minimum(b.divmod(b.maximum(room, 0), d)[0], kernel)
+
+
+def surroundings(does: _Sliding) -> tuple[int, int, int, int]:
+    """Padding for `torch.nn.functional.pad`, behind the image as much as the last window needs."""
+    h, w = (
+        (does.size[i] - 1) * does.stride[i]
+        + (does.kernel[i] - 1) * does.dilation[i]
+        + 1
+        - does.in_size[i]
+        - does.padding[i]
+        for i in range(2)
+    )
+    return (does.padding[1], w, does.padding[0], h)
 
 
 def _valid(start: int, size: int, stride: int, shift: int, inside: int) -> tuple[int, int]:

@@ -23,8 +23,9 @@ from llvmlite import ir
 from ..machine import Machine
 from . import expression
 from .builder import F32, I32, Builder, Index, Value
+from .elementwise import load_strided
 from .expression import Expression
-from .tiling import Run, window_runs
+from .tiling import Run, surroundings, taps_inside, window_runs
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,7 @@ class _Emitter:
         self.w, self.bias = others[:2] if weighted else (self.x, self.x)
         self.extras = others[2:] if weighted else others
         self.padded = -(-window.channels // b.width) * b.width
-        self.runs = window_runs(
-            window.size[1],
-            pixels_per_block(window, b.machine),
-            window.in_size[1],
-            window.kernel[1],
-            window.stride[1],
-            window.padding[1],
-            window.dilation[1],
-        )
+        self.runs = window_runs(window, pixels_per_block(window, b.machine))
 
     def row(self, task: Index) -> None:
         b, window = self.b, self.window
@@ -155,7 +148,7 @@ class _Emitter:
             image, row = 0, task
         kh = window.kernel[0]
         top = b.add(b.mul(row, window.stride[0]), -window.padding[0])
-        low, high = self.rows_inside(top)
+        low, high = taps_inside(b, top, window)
 
         def blocks(low: Index, high: Index) -> None:
             for run in self.runs:
@@ -171,17 +164,6 @@ class _Emitter:
                 blocks(0, kh)
             with otherwise:
                 blocks(low, high)
-
-    def rows_inside(self, top: Index) -> tuple[Index, Index]:
-        """The tap rows `low <= ky < high` that are inside the image."""
-        b, window = self.b, self.window
-        kh, d = window.kernel[0], window.dilation[0]
-        reach = (window.size[0] - 1) * window.stride[0] - window.padding[0] + (kh - 1) * d
-        if window.padding[0] == 0 and reach < window.in_size[0]:
-            return 0, kh
-        low = b.divmod(b.maximum(b.add(b.mul(top, -1), d - 1), 0), d)[0]
-        room = b.add(b.mul(top, -1), window.in_size[0] + d - 1)
-        return low, b.minimum(b.divmod(b.maximum(room, 0), d)[0], kh)
 
     def blocks(
         self, run: Run, image: Index, row: Index, top: Index, low: Index, high: Index
@@ -280,9 +262,7 @@ class _Emitter:
                         return result
                     *_, along, lane = window.extra_strides[number - 1]
                     source = b.at(extras[number - 1], i * along + v * b.width * lane)
-                    if lane == 0:
-                        return b.broadcast(b.load_scalar(source))
-                    return b.load(source, lanes)
+                    return load_strided(b, source, lane, lanes)
 
                 value = expression.emit(b, window.epilogue, load)
                 b.store(value, b.at(out, i * window.y_strides[2] + v * b.width), lanes)
@@ -326,14 +306,7 @@ def reference(
     Returns:
         `[N, channels × multiplier, *size]`.
     """
-    sizes = zip(
-        window.size, window.in_size, window.kernel, window.stride, window.dilation, strict=True
-    )
-    after = [
-        (out - 1) * s + (k - 1) * d + 1 - inside - before
-        for (out, inside, k, s, d), before in zip(sizes, window.padding, strict=True)
-    ]
-    padding = (window.padding[1], after[1], window.padding[0], after[0])
+    padding = surroundings(window)
     if window.kind == "conv":
         assert weight is not None
         padded = F.pad(x, padding)
