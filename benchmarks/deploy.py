@@ -16,7 +16,6 @@ import datetime
 import importlib.metadata
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,15 @@ from torch import Tensor, nn
 import separable
 from separable.cost import keep_freed_memory, measure_interleaved
 from separable.models import create_model
+from separable.nn import SeparableConv2d
 from separable.runtime.checking import TOLERANCE, deviation
 
 Run = Callable[[Tensor], Any]
 SIZE = (1, 3, 224, 224)
-# the regular form, and the form that saves: of another design, or converted within a budget
-PAIRS = {
-    "MobileNetV1": ("separable:mobilenet_v1,conv=regular", "separable:mobilenet_v1"),
-    "ResNet-18": ("torchvision:resnet18", "macs=0.25"),
+PACKAGES = {"eager": "torch"}
+REGULAR = {
+    "MobileNetV1": "separable:mobilenet_v1,conv=regular",
+    "ResNet-18": "torchvision:resnet18",
 }
 
 
@@ -44,20 +44,24 @@ def network(name: str) -> nn.Module:
     return create_model(name).eval()
 
 
-def networks(folder: Path) -> Iterator[tuple[str, str, nn.Module]]:
-    for title, (regular, other) in PAIRS.items():
-        yield title, "regular", network(regular)
-        if ":" in other:
-            yield title, "separable", network(other)
-            continue
-        file = folder / f"{title}.safetensors"
-        if not file.exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the accuracy, which random weights have not
-                example = torch.zeros(SIZE)
-                slim = separable.convert(network(regular), None, other, example=example)
-            separable.save(slim, file)
-        yield title, f"converted, {other}", separable.load(file, model=network(regular)).eval()
+def separable_form(model: nn.Module) -> nn.Module:
+    """Put a separable convolution in the place of each larger than 1x1, but for the stem."""
+    for name, conv in list(model.named_modules()):
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1) and conv.in_channels > 3:
+            own: Any = [conv.in_channels, conv.out_channels, conv.kernel_size]
+            pair = SeparableConv2d(
+                *own, stride=conv.stride, padding=conv.padding, bias=conv.bias is not None
+            )
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, pair)
+    return model.eval()
+
+
+def networks() -> Iterator[tuple[str, str, nn.Module]]:
+    for title, name in REGULAR.items():
+        yield title, "regular", network(name)
+        own = name.replace(",conv=regular", "")  # MobileNetV1 is separable by design
+        yield title, "separable", network(own) if own != name else separable_form(network(name))
 
 
 def onnxruntime(path: Path, threads: int) -> Run:
@@ -122,7 +126,7 @@ def engines(model: nn.Module, stem: Path, x: Tensor, threads: int) -> dict[str, 
 
 
 def version(engine: str) -> str:
-    package = {"eager": "torch"}.get(engine, engine)
+    package = PACKAGES.get(engine, engine)
     return importlib.metadata.version(package)
 
 
@@ -156,13 +160,11 @@ def measure(
     calls: dict[tuple[str, str, str], Run] = {}
     errors: dict[tuple[str, str, str], float] = {}
     macs: dict[tuple[str, str], int] = {}
-    for title, form, model in networks(folder):
+    for title, form, model in networks():
         macs[title, form] = separable.count(model, SIZE).macs
         with torch.no_grad():
             expected = model(x)
-            for engine, run in engines(
-                model, folder / f"{title} {form}".replace(",", ""), x, threads
-            ).items():
+            for engine, run in engines(model, folder / f"{title} {form}", x, threads).items():
                 key = (title, form, engine)
                 errors[key] = deviation(torch.as_tensor(run(x)), expected)
                 if errors[key] <= TOLERANCE:
@@ -197,7 +199,7 @@ def measure(
             }
         )
     first = next(iter(measured.values()))
-    named = {engine: version(engine) for _, _, engine in measured}
+    named = {PACKAGES.get(engine, engine): version(engine) for _, _, engine in measured}
     versions = ", ".join(f"{name} {number}" for name, number in named.items())
     conditions = (
         f"{first.device}; threads: {threads}; float32; input {'x'.join(map(str, SIZE))}; "

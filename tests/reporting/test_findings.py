@@ -75,12 +75,31 @@ def test_runtime_seconds_are_those_of_explain(findings):
             below = [
                 row.seconds for row in rows if row.layer == name or row.layer.startswith(f"{name}.")
             ]
-            assert layers[name].runtime_seconds == pytest.approx(sum(below))
+            if below:
+                assert layers[name].runtime_seconds == pytest.approx(sum(below))
+            else:
+                assert layers[name].runtime_seconds is None
+                assert layers[name].runs_in
     before = {layer.name: layer.before for layer in findings.layers}
     # batch norm and ReLU run in the kernel of the convolution before them
     assert before["stem.1"].runs_in == before["stem.2"].runs_in == "stem.0"
     assert before["stem.1"].runtime_seconds is None
     assert before["stem.1"].torch_seconds > 0
+
+
+def test_kernels_of_several_layers_are_marked():
+    block = nn.Sequential(nn.Conv2d(8, 48, 1), nn.ReLU(), nn.Conv2d(48, 48, 3, groups=48))
+    model = nn.Sequential(block, nn.ReLU(), nn.Conv2d(48, 8, 1))
+    found = separable.report(model, (1, 8, 16, 16), **QUICK)
+    rows = [row for row in found.regular.explanation.rows if row.macs]
+    sides = {layer.name: layer.before for layer in found.layers}
+    for name in ("0.0", "0.2", "2"):
+        touched = [row for row in rows if name in (row.layer, *row.fused)]
+        others = {"0.0", "0.2", "2"} - {name}
+        expected = any(others & {row.layer, *row.fused} for row in touched)
+        assert sides[name].is_shared == expected
+    assert not sides[""].is_shared
+    assert sum(row.macs for row in rows) == found.regular.account.macs
 
 
 def test_torch_seconds_contain_those_of_the_modules_inside(findings):

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .layers import Layer
+from .layers import Layer, multiplying
 from .wording import amount, milliseconds, percent, small
 
 try:
@@ -26,6 +26,7 @@ ENGINES = {"PyTorch": "#c75f12", "separable runtime": "#2b7bba"}
 NEUTRAL = "#7a8591"
 INK = "#1c2127"
 FAINT = "rgba(127, 136, 146, 0.22)"
+SHARED = " Layers that one kernel computes together are left out."
 CLOCK = 2e-7  # seconds below which a kernel is too short to be timed
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -213,15 +214,13 @@ def _measured(findings: Findings) -> Iterator[tuple[tuple[str, str], list[Dot]]]
                 if row.own.macs and row.own.traffic_bytes and seconds.get(row.name, 0.0) > 0
             ],
         )
-        if network.explanation is not None:
-            yield (
-                (name, "separable runtime"),
-                [
-                    Dot(step.macs, step.traffic, step.seconds or 0.0, _called(step.layer))
-                    for step in network.explanation.rows
-                    if step.macs and step.traffic and (step.seconds or 0.0) > CLOCK
-                ],
-            )
+        kernels = [
+            Dot(step.macs, step.traffic, step.seconds, " + ".join(map(_called, names)))
+            for step, names in multiplying(network)
+            if step.traffic and step.seconds is not None and step.seconds > CLOCK
+        ]
+        if kernels:
+            yield (name, "separable runtime"), kernels
 
 
 def _called(name: str) -> str:
@@ -281,7 +280,7 @@ def _promises(findings: Findings) -> Iterator[Figure]:
             f"Promised and measured, {engine}",
             f"One point per {'converted ' if findings.converted else ''}layer, on one thread. "
             f"Promised: {basis}. Below the line a layer is faster than promised; in the median "
-            f"{percent(share)} of the promise arrives.",
+            f"{percent(share)} of the promise arrives.{'' if engine == 'PyTorch' else SHARED}",
             plot,
         )
 
@@ -289,6 +288,8 @@ def _promises(findings: Findings) -> Iterator[Figure]:
 def _promise(findings: Findings, layer: Layer, field: str) -> tuple[float, float] | None:
     """Seconds promised and measured, where both are known."""
     before, after = layer.before, layer.after
+    if field == "runtime_seconds" and (before.is_shared or (after and after.is_shared)):
+        return None  # the time is not the layer's own
     if findings.converted is None:
         measured = getattr(before, field)
         if findings.machine is None or not before.macs or not measured:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..conversion import Row as PlanRow
     from ..cost import Row
     from ..runtime.explaining import Explanation
+    from ..runtime.explaining import Row as KernelRow
     from .findings import Network
 
 
@@ -30,6 +31,7 @@ class Side:
         runtime_seconds: sum of its kernels in the separable runtime; None where it has none of
             its own, or a part of it runs in torch.
         runs_in: the layer whose kernel does its work too, "torch" where torch does, else "".
+        is_shared: whether one of its kernels has multiply-adds of modules outside of it too.
     """
 
     params: int
@@ -38,6 +40,7 @@ class Side:
     torch_seconds: float | None
     runtime_seconds: float | None
     runs_in: str
+    is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,10 @@ def _reason(row: Row, step: PlanRow | None, is_leaf: bool) -> str:
 
 def sides(network: Network) -> dict[str, Side]:
     """The figures of every module of a network, by name."""
-    account = network.account
+    rows = network.account.rows
     torch_seconds = {layer.name: layer.inclusive for layer in network.layers}
-    names = [row.name for row in account.rows]
-    kernels = _kernels(network.explanation, names)
+    kernels = _kernels(network.explanation, [row.name for row in rows])
+    shared = _shared(network)
     return {
         row.name: Side(
             row.params,
@@ -127,9 +130,29 @@ def sides(network: Network) -> dict[str, Side]:
             row.traffic_bytes,
             torch_seconds.get(row.name),
             *kernels.get(row.name, (None, "")),
+            row.name in shared,
         )
-        for row in account.rows
+        for row in rows
     }
+
+
+def multiplying(network: Network) -> Iterator[tuple[KernelRow, list[str]]]:
+    """The kernels with multiply-adds, and the modules whose they are."""
+    if network.explanation is None:
+        return
+    macs = {row.name for row in network.account.rows if row.own.macs}
+    for step in network.explanation.rows:
+        if step.macs:
+            yield step, [step.layer, *(name for name in step.fused if name in macs)]
+
+
+def _shared(network: Network) -> set[str]:
+    """Modules that a kernel computes together with something outside of them."""
+    found: set[str] = set()
+    for _, names in multiplying(network):
+        around = [set(_upwards(name)) for name in names]
+        found |= {name for some in around for name in some if not all(name in a for a in around)}
+    return found
 
 
 def _kernels(
@@ -149,8 +172,10 @@ def _kernels(
                 hosts[name] = "torch"
             else:
                 seconds[name] = seconds.get(name, 0.0) + step.seconds
-        for name in step.fused:
-            hosts.setdefault(name, owner)
+        # what is fused may be a part of a module that is in the table: b.lead of b
+        for fused in step.fused:
+            for name in _upwards(fused):
+                hosts.setdefault(name, owner)
     found: dict[str, tuple[float | None, str]] = {}
     for name in names:
         if hosts.get(name) == "torch":

@@ -27,12 +27,13 @@ CONFIG = {"responsive": True, "displayModeBar": False, "scrollZoom": False}
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table: what it shows, what it sorts by, and the length of its bar."""
+    """One figure of the table: its text, what it sorts by, the length of its bar."""
 
     text: str
     value: float
     share: float | None = None
     side: str = ""
+    is_shared: bool = False
 
 
 def render(findings: Findings) -> str:
@@ -107,7 +108,9 @@ def _cells(findings: Findings) -> Iterator[list[Cell]]:
                 continue
             most = longest.get(field, 0.0)
             share = value / most if layer.is_leaf and value else None
-            cells.append(Cell(spell(value), value, share, name))
+            side = _side(layer, name)
+            shared = field == "runtime_seconds" and side is not None and side.is_shared
+            cells.append(Cell(spell(value), value, share, name, shared))
         yield cells
 
 
