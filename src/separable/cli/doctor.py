@@ -17,6 +17,7 @@ from .options import output_format, table_or_json
 EXTRAS = {
     "zoo": "networks named torchvision:... and timm:...",
     "train": "separable train, separable finetune",
+    "datasets": "--data hf:NAME of separable train and finetune",
     "report": "separable report",
     "onnx": "separable export --format onnx",
     "peers": "separable bench --against onnxruntime,openvino",
