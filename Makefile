@@ -22,7 +22,7 @@ demo: $(READY)  ## the whole story on real data: train, compare, plot
 	$(BIN)/separable demo
 
 test: $(READY)  ## all tests, with coverage
-	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered
 
 fuzz: $(READY)  ## 500 random networks through the runtime, against eager
 	PYTHONPATH=. $(BIN)/python -m tests.runtime.fuzz --networks 500
