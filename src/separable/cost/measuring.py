@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from ..progress import progress
 from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
 from .preserving import held_tensors, train_flags, untouched
@@ -148,9 +149,11 @@ def measure_interleaved(
         # a model that writes to its input writes to a copy
         given = given.map(torch.clone)
         calls = [partial(model, *given.args, **given.kwargs) for model in models]
-        for call in calls:
-            for _ in range(warmup):
-                call()
+        with progress("warming up", warmup * len(calls), "call") as bar:
+            for call in calls:
+                for _ in range(warmup):
+                    call()
+                    bar.update()
         memory = [_peak_memory(call, device) for call, device in zip(calls, devices, strict=True)]
         times = _interleaved_times(calls, repeats, min_seconds)
         layers = [
@@ -303,7 +306,7 @@ def _layer_times(
             # outside of the model's own hooks, whose time belongs to the module
             hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))
-        for _ in range(repeats + 1):
+        for _ in tqdm(range(repeats + 1), "timing modules", leave=False, delay=2, disable=None):
             passes.append({})
             call()
     timed = passes[1:]  # the first is a warm-up

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..progress import progress
 from .account import Cost
 from .formulas import FIRST_RESULT_ONLY, VIEWS
 from .inputs import Inputs
@@ -77,6 +78,7 @@ class Walk(TorchDispatchMode):
                 stack.enter_context(saved_tensors_hooks(self._save, lambda box: box.tensor))
                 stack.callback(self._empty_boxes)
             stack.enter_context(self)
+            self.bar = stack.enter_context(progress("counting", len(self.names), "module"))
             output = self.model(*inputs.args, **inputs.kwargs)
         results = tensors_in(output)
         self.output_shapes = tuple(tuple(tensor.shape) for tensor in results)
@@ -123,6 +125,7 @@ class Walk(TorchDispatchMode):
         if name is not None and name not in self.output_shape:
             first = next(iter(tensors_in(output)), None)
             self.output_shape[name] = None if first is None else tuple(first.shape)
+            self.bar.update()
 
     def _save(self, tensor: Tensor) -> Box:
         key = self.activations.key(tensor)

@@ -1,0 +1,67 @@
+"""The progress bar: after a while, on a terminal alone, and gone when the work is."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from separable import progress as module
+from separable.progress import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(module, "DELAY", 0.05)
+    monkeypatch.setattr(module, "TICK", 0.02)
+
+
+def shown(monkeypatch, steps, stream, **options):
+    """What a terminal holds while and after work that takes 0.2 s."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("working", steps, **options) as bar:
+        if steps:
+            bar.update()
+        time.sleep(0.2)
+    return stream.getvalue()
+
+
+def test_a_bar_appears_while_a_step_lasts_and_tells_the_time_left(monkeypatch):
+    text = shown(monkeypatch, 4, Terminal())
+    *_, last, cleared = text.rstrip("\r").split("\r")
+    assert last.startswith("working:  25%")
+    assert "1/4 [00:00<00:00" in last
+    assert cleared.strip() == ""
+
+
+def test_without_a_number_of_steps_it_tells_the_time_so_far(monkeypatch):
+    assert "working: 00:00" in shown(monkeypatch, None, Terminal())
+
+
+def test_short_work_shows_nothing(monkeypatch):
+    monkeypatch.setattr(module, "DELAY", 2.0)
+    assert shown(monkeypatch, 4, Terminal()) == ""
+
+
+@pytest.mark.parametrize(("stream", "is_shown"), [(io.StringIO, True), (Terminal, False)])
+def test_nothing_is_shown_in_a_file_or_where_it_is_not_wanted(monkeypatch, stream, is_shown):
+    assert shown(monkeypatch, 4, stream(), shown=is_shown) == ""
+
+
+def test_an_error_ends_it(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def fail():
+        with progress("working", 4):
+            time.sleep(0.1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert stream.getvalue().rstrip("\r").split("\r")[-1].strip() == ""
