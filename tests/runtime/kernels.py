@@ -54,7 +54,7 @@ def run(kernel: Kernel, operands: Sequence[torch.Tensor], size: int) -> torch.Te
     output = result.floats[GUARD : GUARD + size]
     pointers = [*(memory.floats.data_ptr() for memory in given), output.data_ptr()]
     addresses = (ctypes.c_void_p * len(pointers))(*pointers)
-    call = jit.foreign(code, "kernel", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    call = jit.foreign(code, "kernel", 3)
     half = kernel.tasks // 2
     call(ctypes.addressof(addresses), half, kernel.tasks)
     call(ctypes.addressof(addresses), 0, half)

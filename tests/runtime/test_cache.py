@@ -106,7 +106,7 @@ for again in range(2):
         jit._LOADED.clear()
         kernel = Kernel(Map((37,), ((1,),), (1,), ("mul", ("x", 0), float(factor % 20))), host())
         code = jit.compile_ir(kernel.ir, host())
-        call = jit.foreign(code, "kernel", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        call = jit.foreign(code, "kernel", 3)
         call(ctypes.addressof(addresses), 0, kernel.tasks)
         assert torch.equal(y, x * (factor % 20)), factor
 """

@@ -196,12 +196,44 @@ def test_weights_changed_after_compiling_are_seen() -> None:
             assert not torch.equal(compiled(x), before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_changed_weights_are_seen_by_all_callers(threads: int) -> None:
+    model, x = small(), torch.randn(1, 12, 6, 6)
+    compiled = separable.compile(model, x, threads=threads)
+    turn, results = threading.Barrier(5), [torch.zeros(0)] * 4
+
+    def call(number: int) -> None:
+        for _ in range(30):
+            turn.wait()
+            results[number] = compiled(x)
+            turn.wait()
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for caller in callers:
+        caller.start()
+    wrong = 0
+    for _ in range(30):
+        with torch.no_grad():
+            model[0].weight.normal_()
+            expected = model(x)
+        turn.wait()
+        turn.wait()
+        wrong += sum(not torch.allclose(r, expected, rtol=1e-4, atol=1e-4) for r in results)
+    for caller in callers:
+        caller.join()
+    assert wrong == 0
+
+
 def test_inputs_of_any_stride_and_gradient() -> None:
     model, x = small(), torch.randn(2, 12, 6, 8)
     compiled = separable.compile(model, x)
     expected = model(x).detach()
     strided = torch.randn(2, 12, 6, 16)[..., ::2].copy_(x)
-    for given in (x.to(memory_format=torch.channels_last), strided, x.clone().requires_grad_()):
+    others = (nn.Parameter(x), torch._neg_view(-x))
+    for given in (
+        *(x.to(memory_format=torch.channels_last), strided, x.clone().requires_grad_()),
+        *others,
+    ):
         result = compiled(given)
         torch.testing.assert_close(result, expected)
         assert not result.requires_grad
@@ -215,6 +247,7 @@ def test_inputs_of_any_stride_and_gradient() -> None:
         (torch.zeros(12, 6, 6), ValueError),
         (torch.zeros(1, 12, 6, 6, dtype=torch.float64), TypeError),
         (torch.zeros(1, 12, 6, 6, device="meta"), TypeError),
+        (torch.zeros(1, 12, 6, 6).to_sparse(), TypeError),
         (3.0, TypeError),
     ],
 )

@@ -132,6 +132,29 @@ def test_fork_after_use() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="no choice of CPUs",
+)
+def test_sleeping_workers_are_woken_on_another_cpu() -> None:
+    # In a process of its own, whose threads are these alone.
+    script = (
+        "import os, threading, time, torch, separable\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3)).eval()\n"
+        "x = torch.randn(1, 3, 64, 64)\n"
+        "fast = separable.compile(model, x, threads=2)\n"
+        "fast(x)\n"
+        "worker = next(t for t in threading.enumerate() if t.name == 'separable-1').native_id\n"
+        "every = os.sched_getaffinity(0)\n"
+        "for cpu in sorted(every)[:2] * 2:\n"
+        "    os.sched_setaffinity(0, {cpu})\n"
+        "    time.sleep(0.05)\n"
+        "    fast(x)\n"
+        "    assert os.sched_getaffinity(worker) == every - {cpu}\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 def test_idle_workers_sleep() -> None:
     compiled = separable.compile(network(), torch.randn(1, 3, 20, 20), threads=2)
     compiled(torch.randn(1, 3, 20, 20))

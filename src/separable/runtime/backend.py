@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..progress import progress
 from . import machine as machines
 from .compiled import CompiledModel
 from .execute import Program
@@ -59,16 +61,14 @@ def compile(
         args = tuple(x[:1] for x in args)
     weights = Weights()
     with torch.no_grad():
-        exported = torch.export.export(model, args)
-        program = build(
-            exported, machine, count, lambda p: exported_weights(p, model, weights), fuse
-        )
+        with progress("tracing the network"):
+            exported = torch.export.export(model, args)
+        constants = functools.partial(exported_weights, model=model, weights=weights)
+        program = build(exported, machine, count, constants, weights, fuse)
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert spec_in is not None
     assert spec_out is not None
-    compiled = CompiledModel(
-        program, program.argument_shapes, (spec_in, spec_out), weights, dynamic_batch
-    )
+    compiled = CompiledModel(program, program.argument_shapes, (spec_in, spec_out), dynamic_batch)
     if dynamic_batch:
         _check_samples_apart(model, compiled, args)
     return compiled
@@ -79,6 +79,7 @@ def build(
     machine: machines.Machine,
     threads: int,
     constants: Callable[[torch.export.ExportedProgram], dict[str, Recipe]],
+    weights: Weights,
     fuse: bool = True,
 ) -> Program:
     """Take an exported graph through all passes to a program that can run.
@@ -88,6 +89,7 @@ def build(
         machine: the CPU to generate for.
         threads: of one call.
         constants: by placeholder, how to read the weights of a graph.
+        weights: where those are watched.
         fuse: join convolutions where that is estimated to be faster.
     """
 
@@ -99,7 +101,8 @@ def build(
         graph = translate(exported)
     except NeedsFunctionalisation:
         graph = translate(exported.run_decompositions({}))
-    program = Program(schedule(optimise(graph), machine, threads, fuse), machine, threads)
+    steps = schedule(optimise(graph), machine, threads, fuse)
+    program = Program(steps, machine, threads, watched=weights)
     program.pack()
     return program
 

@@ -19,6 +19,7 @@ from prettytable import PrettyTable, TableStyle
 from torch import nn
 from tqdm import tqdm
 
+from ..progress import progress
 from . import machine as machines
 from .backend import compile as compile_model
 from .checking import TOLERANCE, deviation
@@ -27,6 +28,7 @@ from .roofline import Peak
 
 Runner = Callable[[], Any]
 _BURST = 4  # runs per turn, the first of which only warms the caches
+_REST = 0.1  # seconds before a turn, in which the threads of the one before stop spinning
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,16 @@ def _benchmark(
     compiled = compile_model(model, x, threads=threads, isa=isa)
     runners: dict[str, Runner] = {"separable": lambda: compiled(x)}
     notes: dict[str, str] = {}
-    for name in against:
-        try:
-            runners[name] = _RUNTIMES[name](model, x, threads)
-            runners[name]()
-        except Exception as error:  # a runtime that is missing or fails is a row of the table
-            runners.pop(name, None)
-            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    with progress("compiling", len(against), "runtime") as bar:
+        for name in against:
+            bar.set_description(f"compiling for {name}", refresh=False)
+            try:
+                runners[name] = _RUNTIMES[name](model, x, threads)
+                runners[name]()
+            except Exception as error:  # a runtime that is missing or fails is a row of the table
+                runners.pop(name, None)
+                notes[name] = _line(error)
+            bar.update()
     errors: dict[str, float] = {}
     for name, run in list(runners.items()):
         result = torch.as_tensor(np.asarray(run()))
@@ -177,8 +182,9 @@ def _benchmark(
             notes[name] = f"wrong output, error {errors[name]:.1e}"
     peak = Peak(compiled.program.machine)
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in tqdm(range(turns), desc=network or "benchmark", leave=False, disable=None):
+    for _ in tqdm(range(turns), network or "measuring", leave=False, delay=2, disable=None):
         for name, run in runners.items():
+            time.sleep(_REST)
             for number in range(_BURST):
                 start = time.perf_counter()
                 run()
@@ -203,6 +209,12 @@ def _benchmark(
         timings=tuple(timings),
         conditions=conditions(compiled.program.machine),
     )
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:60]}"
 
 
 def conditions(machine: machines.Machine) -> dict[str, str]:
@@ -271,8 +283,6 @@ def _onnxruntime(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Its idle threads would spin into the next runtime's turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         _onnx(model, x), options, providers=["CPUExecutionProvider"]
     )

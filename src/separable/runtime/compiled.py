@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from .execute import Program
 from .explaining import Explanation, assembly, explain
-from .weights import Weights
 
 
 class CompiledModel:
@@ -33,15 +31,16 @@ class CompiledModel:
         program: Program,
         expected: Sequence[tuple[int, ...] | None],
         structures: tuple[pytree.TreeSpec, pytree.TreeSpec],
-        weights: Weights | None,
         dynamic_batch: bool,
     ) -> None:
         self.program = program
         self.expected = tuple(expected)
         self.structures = structures
         self.dynamic_batch = dynamic_batch
-        self._weights = weights
-        self._lock = threading.Lock()
+        # Most models take tensors and return one: no need to take apart and to join anything.
+        _, plain = pytree.tree_flatten(((0,) * len(self.expected), {}))
+        self._plain = plain == structures[0] and not dynamic_batch and None not in self.expected
+        self._single = structures[1].num_nodes == structures[1].num_leaves == 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on new inputs.
@@ -50,6 +49,9 @@ class CompiledModel:
             TypeError: if the arguments are not structured, typed or placed as in the example.
             ValueError: if a shape differs from the example's.
         """
+        plain = self._plain and not kwargs and len(args) == len(self.expected)
+        if plain and all(map(_fits, args, self.expected)):
+            return self._run(args)
         flat, structure = pytree.tree_flatten((args, kwargs))
         if structure != self.structures[0]:
             raise TypeError(
@@ -61,10 +63,11 @@ class CompiledModel:
             value if shape is None else self._checked(i, value, shape, batch)
             for i, (value, shape) in enumerate(zip(flat, self.expected, strict=True))
         ]
-        if self._weights is not None and self._weights.changed():
-            self._refresh()
+        return self._run(inputs, batch)
+
+    def _run(self, inputs: Sequence[Any], batch: int | None = None) -> Any:
         results = self.program(inputs) if batch is None else self._each(inputs, batch)
-        return pytree.tree_unflatten(results, self.structures[1])
+        return results[0] if self._single else pytree.tree_unflatten(results, self.structures[1])
 
     def explain(self, repeats: int = 10) -> Explanation:
         """What runs in which kernel, what was fused, and how fast each is.
@@ -111,14 +114,12 @@ class CompiledModel:
                 "the model was compiled for; compile it again for another"
                 + ("" if self.dynamic_batch else ", or for any batch with `dynamic_batch=True`")
             )
-        return value.detach().contiguous()
-
-    def _refresh(self) -> None:
-        assert self._weights is not None
-        with self._lock:
-            if self._weights.changed():
-                self._weights.remember()
-                self.program.pack()
+        if value.layout is not torch.strided:
+            raise TypeError(
+                f"argument {number} (of layout {value.layout}) must be dense; convert it with "
+                "`.to_dense()`"
+            )
+        return value.detach().resolve_neg().contiguous()
 
     def _each(self, inputs: Sequence[torch.Tensor], batch: int) -> list[Any]:
         """Run sample by sample, each result written where it belongs."""
@@ -127,3 +128,16 @@ class CompiledModel:
         for i in range(batch):
             self.program([x[i : i + 1] for x in inputs], outputs=[y[i : i + 1] for y in outputs])
         return outputs
+
+
+def _fits(value: Any, shape: tuple[int, ...] | None) -> bool:
+    """Whether a value can be read as it lies in memory."""
+    return (
+        type(value) is torch.Tensor
+        and value.dtype is torch.float32
+        and value.is_cpu
+        and value.shape == shape
+        and value.layout is torch.strided
+        and value.is_contiguous()
+        and not value.is_neg()
+    )

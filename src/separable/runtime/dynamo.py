@@ -38,20 +38,33 @@ def backend(
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return module.forward
-    return GraphRunner(module, chosen.get("threads") or machines.cores(), chosen.get("isa"))
+    fixed = [i for i, x in enumerate(example_inputs) if _is_weight(x)]
+    return GraphRunner(module, fixed, chosen.get("threads") or machines.cores(), chosen.get("isa"))
 
 
 class GraphRunner:
-    """Runs a traced graph, compiled once per combination of argument shapes."""
+    """Runs a traced graph, compiled once per combination of argument shapes.
 
-    def __init__(self, module: torch.fx.GraphModule, threads: int, isa: str | None) -> None:
+    Args:
+        module: the graph.
+        fixed: which of its arguments are weights; their shapes do not change.
+        threads: of one call.
+        isa: the instruction set, or None for the best one here.
+    """
+
+    def __init__(
+        self, module: torch.fx.GraphModule, fixed: Sequence[int], threads: int, isa: str | None
+    ) -> None:
         self._module, self._threads, self._machine = module, threads, machines.host(isa)
+        count = sum(node.op == "placeholder" for node in module.graph.nodes)
+        self._fixed, self._free = fixed, [i for i in range(count) if i not in set(fixed)]
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the traced graph, weights among them."""
-        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
+        free = [args[i] for i in self._free]
+        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in free)
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
@@ -60,31 +73,30 @@ class GraphRunner:
         return compiled(*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        weights, holder = Weights(), dict(enumerate(args))
-        fixed = [i for i, x in enumerate(args) if _is_weight(x)]
+        weights, fixed = Weights(), self._fixed
+        holder = [args[i] for i in fixed]
 
         def constants(program: torch.export.ExportedProgram) -> dict[str, Recipe]:
             names = program.graph_signature.user_inputs
             lifted = exported_weights(program, self._module, weights)
-            return lifted | {str(names[i]): weights.add(holder, i) for i in fixed}
+            held = enumerate(fixed)
+            return lifted | {str(names[i]): weights.add(holder, number) for number, i in held}
 
         try:
             with torch.no_grad():
                 exported = torch.export.export(self._module, args)
-                program = build(exported, self._machine, self._threads, constants)
+                program = build(exported, self._machine, self._threads, constants, weights)
         except ValueError:  # the graph writes into its arguments
             return self._module.forward
-        inputs = [i for i, x in enumerate(args) if i not in fixed]
         spec = exported.call_spec.out_spec
         assert spec is not None
-        examples = [args[i] for i in inputs]
+        examples = [args[i] for i in self._free]
         _, structure = pytree.tree_flatten((tuple(examples), {}))
-        inner = CompiledModel(program, program.argument_shapes, (structure, spec), weights, False)
+        inner = CompiledModel(program, program.argument_shapes, (structure, spec), False)
 
         def run(*args: Any) -> Any:
-            for i in fixed:
-                holder[i] = args[i]
-            return inner(*(args[i] for i in inputs))
+            holder[:] = [args[i] for i in fixed]
+            return inner(*(args[i] for i in self._free))
 
         return run
 

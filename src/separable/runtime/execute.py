@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 import weakref
+from array import array
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from ..progress import progress
 from . import jit
 from .emit import driver
 from .emit.kernel import Kernel
@@ -22,8 +23,10 @@ from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
 from .steps import Schedule, Step
 from .threads import address_of, driver_code, workers
+from .weights import Weights
 
 _FLOAT = 4  # bytes
+_ACTIVE = driver.JOB.index("active")
 
 
 @dataclass
@@ -40,8 +43,8 @@ class _Frame:
     """What one call needs for itself, reused by later calls."""
 
     arena: torch.Tensor
-    bases: np.ndarray
-    jobs: list[np.ndarray]
+    bases: array[int]
+    jobs: list[array[int]]
     counters: np.ndarray
     steps: np.ndarray
     weights: Any = None
@@ -50,15 +53,14 @@ class _Frame:
     @property
     def idle(self) -> bool:
         """Whether the last worker has left."""
-        active = driver.JOB.index("active")
-        return all(job[active] == 0 for job in self.jobs)
+        return not any(job[_ACTIVE] for job in self.jobs)
 
 
 # Frames of programs that are gone, which a worker has yet to leave.
 _LATE: list[_Frame] = []
 
 
-def _bury(frames: list[_Frame]) -> None:
+def _bury(frames: deque[_Frame]) -> None:
     _LATE.extend(frame for frame in frames if not frame.idle)
 
 
@@ -76,6 +78,7 @@ class Program:
         machine: Machine,
         threads: int,
         objects: Mapping[Kernel, bytes] | None = None,
+        watched: Weights | None = None,
     ) -> None:
         self.schedule, self.machine, self.threads = schedule, machine, threads
         steps = schedule.steps
@@ -91,20 +94,25 @@ class Program:
         self.arena_bytes, self.constant_bytes = self._arena_floats * _FLOAT, offset * _FLOAT
         objects = objects or {}
         self._codes: dict[Kernel, jit.Code] = {}
-        for step in steps:
-            kernel = step.kernel
-            if kernel and kernel in objects:
-                self._codes[kernel] = jit.load_object(objects[kernel], machine)
-            elif kernel and kernel not in self._codes:
-                self._codes[kernel] = jit.compile_ir(kernel.ir, machine)
+        kernels = dict.fromkeys(step.kernel for step in steps if step.kernel)
+        with progress("compiling kernels", len(kernels), "kernel") as bar:
+            for kernel in kernels:
+                if kernel in objects:
+                    self._codes[kernel] = jit.load_object(objects[kernel], machine)
+                else:
+                    self._codes[kernel] = jit.compile_ir(kernel.ir, machine)
+                bar.update()
         self._table = self._step_table()
         self._segments = self._cut()
-        self._launch = jit.foreign(driver_code(host()), "launch", *[ctypes.c_int64] * 3)
-        self._frames: list[_Frame] = []
+        code = driver_code(host())
+        self._post = jit.foreign(code, "post", 3, brief=True)
+        self._join = jit.foreign(code, "join", 1)
+        self._frames: deque[_Frame] = deque()
         weakref.finalize(self, _bury, self._frames)
-        self._lock = threading.Lock()
         self._weights: torch.Tensor | None = None
-        self._process = os.getpid()
+        self._watched = watched
+        self._lock = threading.Lock()
+        self._workers = workers()
 
     # -- memory of the steps ----------------------------------------------------------------------
 
@@ -167,12 +175,15 @@ class Program:
 
     def pack(self) -> None:
         """Compute the packed weights anew; calls that are running keep the old ones."""
+        seen = self._watched.look() if self._watched else None
         weights = _aligned_floats(self._constants)
         with torch.no_grad():
             for buffer, recipe in self.schedule.constants:
                 value = recipe().detach().to(torch.float32).reshape(-1)
                 weights[buffer.offset : buffer.offset + buffer.size].copy_(value)
         self._weights = weights
+        if self._watched and seen:  # last: a call that finds nothing changed has these weights
+            self._watched.seen = seen
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -189,23 +200,52 @@ class Program:
         Returns:
             The results.
         """
+        outputs = self._outputs() if outputs is None else outputs
+        while True:
+            results = self._attempt(inputs, outputs)
+            if results is not None:
+                return results
+            self._refresh()
+
+    def _attempt(
+        self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]
+    ) -> list[Any] | None:
+        """Run once, with the weights as they were packed last; `None` if they have changed."""
         frame = self._take()
         try:
-            outputs = self._outputs() if outputs is None else outputs
             self._bind(frame, inputs, outputs)
+            fresh = None
             for number, segment in enumerate(self._segments):
-                if segment.torch is None:
-                    self._run(frame, number)
-                else:
+                if segment.torch is not None:
                     self._run_torch(frame, segment.torch, inputs, outputs)
+                    continue
+                job = _address(frame.jobs[number])
+                helpers = self.threads - 1
+                try:
+                    self._post(job, self._workers.addresses(helpers), helpers)
+                    if fresh is None:  # asked while the workers have begun
+                        fresh = self._is_fresh(frame)
+                finally:  # after an interrupt too: workers may be writing
+                    self._join(job)
+            if fresh is False:
+                return None
             return [
                 frame.values[result] if isinstance(result, Node) else output
                 for result, output in zip(self.schedule.outputs, outputs, strict=True)
             ]
         finally:
             frame.values.clear()
-            with self._lock:
-                self._frames.append(frame)
+            self._frames.append(frame)
+
+    def _is_fresh(self, frame: _Frame) -> bool:
+        if self._watched is None:
+            return True
+        return not self._watched.changed() and frame.weights is self._weights
+
+    def _refresh(self) -> None:
+        with self._lock:
+            if self._watched is not None and self._watched.changed():
+                self.pack()
 
     @property
     def argument_shapes(self) -> list[tuple[int, ...] | None]:
@@ -233,18 +273,6 @@ class Program:
         for output in outputs:
             frame.bases[at] = 0 if output is None else output.data_ptr()
             at += 1
-
-    def _run(self, frame: _Frame, number: int) -> None:
-        job = frame.jobs[number]
-        job[driver.JOB.index("active")] = 1
-        helpers = self.threads - 1
-        crew = 0
-        if helpers:
-            segment = self._segments[number]
-            lines = (self.threads + 1) * driver.LINE_WORDS
-            frame.counters[segment.first * lines : segment.last * lines] = 0
-            crew = workers().addresses(helpers)
-        self._launch(job.ctypes.data, crew, helpers)
 
     def _run_torch(
         self,
@@ -289,18 +317,22 @@ class Program:
 
     def _take(self) -> _Frame:
         """A frame that no one uses, made if need be."""
-        with self._lock:
-            if self._process != os.getpid():
-                self._frames.clear()
-                self._process = os.getpid()
-            for i, frame in enumerate(self._frames):
-                if frame.idle:
-                    return self._frames.pop(i)
+        if self._workers is not workers():  # after a fork, frames wait for workers left behind
+            self._frames.clear()
+            self._workers = workers()
+        for _ in range(len(self._frames)):
+            try:
+                frame = self._frames.popleft()
+            except IndexError:  # other threads were faster
+                break
+            if frame.idle:
+                return frame
+            self._frames.append(frame)
         return self._new_frame()
 
     def _new_frame(self) -> _Frame:
         _LATE[:] = [frame for frame in _LATE if not frame.idle]
-        bases = np.zeros(self._fixed_bases + self.threads, dtype=np.int64)
+        bases = array("q", bytes(8 * (self._fixed_bases + self.threads)))
         arena = _aligned_floats(self._arena_floats)
         bases[0] = arena.data_ptr()
         for slot in range(self.threads):
@@ -314,13 +346,13 @@ class Program:
                 "steps": self._table.ctypes.data,
                 "first": segment.first,
                 "last": segment.last,
-                "bases": bases.ctypes.data,
+                "bases": _address(bases),
                 "counters": counters.ctypes.data,
                 "slots": self.threads,
                 "active": 0,
                 "yield": address_of("sched_yield"),
             }
-            jobs.append(np.array([fields[name] for name in driver.JOB], dtype=np.int64))
+            jobs.append(array("q", [fields[name] for name in driver.JOB]))
         return _Frame(arena, bases, jobs, counters, self._table)
 
     def step_runner(self, frame_inputs: Sequence[Any]) -> Callable[[int, int], None]:
@@ -328,17 +360,22 @@ class Program:
         frame = self._new_frame()
         outputs = self._outputs()
         self._bind(frame, frame_inputs, outputs)
-        job = frame.jobs[0].copy()
+        job = frame.jobs[0][:]
         keep = (frame, outputs, frame_inputs)
 
         def run(first: int, last: int) -> None:
             assert keep
-            fields = {"first": first, "last": last, "slots": 1, "active": 1}
+            fields = {"first": first, "last": last, "slots": 1}
             for name, value in fields.items():
                 job[driver.JOB.index(name)] = value
-            self._launch(job.ctypes.data, 0, 0)
+            self._post(_address(job), 0, 0)
+            self._join(_address(job))
 
         return run
+
+
+def _address(words: array[int]) -> int:
+    return words.buffer_info()[0]
 
 
 def _aligned_floats(count: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prettytable import PrettyTable, TableStyle
+from tqdm import tqdm
 
 from . import jit
 from .emit.chain import Chain, ChainTile
@@ -128,7 +129,7 @@ def explain(program: Program, inputs: Sequence[Any], repeats: int = 10) -> Expla
     program(inputs)
     run = program.step_runner(inputs)
     overhead = float("inf")
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), "timing kernels", leave=False, delay=2, disable=None):
         for i, step in enumerate(steps):
             if step.kernel is None:
                 continue

@@ -236,7 +236,7 @@ def _model(header: _Header, data: bytes) -> CompiledModel:
     program = Program(schedule, machine, header.threads, trusted)
     program.adopt(weights)
     return CompiledModel(
-        program, header.expected, (structures[0], structures[1]), None, header.dynamic_batch
+        program, header.expected, (structures[0], structures[1]), header.dynamic_batch
     )
 
 

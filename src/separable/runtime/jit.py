@@ -177,6 +177,10 @@ def _write(folder: Path, key: str, binary: bytes) -> None:
             raise
 
 
-def foreign(code: Code, symbol: str, *arguments: type) -> Callable[..., None]:
-    """A function of `code` as a callable that releases the interpreter lock while it runs."""
-    return ctypes.CFUNCTYPE(None, *arguments)(code.address(symbol))
+def foreign(code: Code, symbol: str, count: int, brief: bool = False) -> Callable[..., None]:
+    """A function of `code` of `count` integers as a callable.
+
+    It releases the interpreter lock while it runs, unless it is `brief`.
+    """
+    kind = ctypes.PYFUNCTYPE if brief else ctypes.CFUNCTYPE
+    return kind(None, *[ctypes.c_int64] * count)(code.address(symbol))

@@ -29,8 +29,7 @@ class Peak:
         self.flops = self.bandwidth = 0.0
         self._per_turn = 2 * _CHAINS * machine.width
         self._code = jit.compile_ir(_multiply_adds(machine), machine)
-        signature = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        self._call = jit.foreign(self._code, "kernel", *signature)
+        self._call = jit.foreign(self._code, "kernel", 3)
         self._operand = torch.full((machine.width,), 0.5)
         self._source, self._target = (torch.zeros(_BYTES // 8) for _ in range(2))
 

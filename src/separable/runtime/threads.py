@@ -35,15 +35,16 @@ class Workers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mailboxes: list[np.ndarray] = []
-        self._addresses = np.zeros(0, dtype=np.int64)
-        self._old: list[np.ndarray] = []
+        self._address = 0
+        self._arrays: list[np.ndarray] = []
 
     def addresses(self, count: int) -> int:
         """The address of an array of `count` workers, started if need be."""
-        with self._lock:
-            while len(self._mailboxes) < count:
-                self._start()
-        return int(self._addresses.ctypes.data)
+        if len(self._mailboxes) < count:
+            with self._lock:
+                while len(self._mailboxes) < count:
+                    self._start()
+        return self._address
 
     def _start(self) -> None:
         # Two cache lines: a mailbox is polled, and its neighbours must not be written to.
@@ -55,21 +56,43 @@ class Workers:
             "writer": writer,
             "read": address_of("read"),
             "write": address_of("write"),
+            **self._affinity(),
         }
         for name, value in values.items():
             fields[driver.WORKER.index(name)] = value
         code = driver_code(host())
-        work = jit.foreign(code, "work", ctypes.c_int64)
-        threading.Thread(
-            target=work,
-            args=(int(fields.ctypes.data),),
-            name=f"separable-{len(self._mailboxes) + 1}",
-            daemon=True,
-        ).start()
-        self._mailboxes.append(fields)
-        # A new array, the old one kept: a running launch may still read it.
-        self._old.append(self._addresses)
-        self._addresses = np.array([f.ctypes.data for f in self._mailboxes], dtype=np.int64)
+        work = jit.foreign(code, "work", 1)
+        started = threading.Event()
+
+        def run() -> None:
+            fields[driver.WORKER.index("thread")] = threading.get_native_id()
+            started.set()
+            work(int(fields.ctypes.data))
+
+        name = f"separable-{len(self._mailboxes) + 1}"
+        threading.Thread(target=run, name=name, daemon=True).start()
+        started.wait()
+        # A new array, the old ones kept: a running launch may still read them.
+        addresses = [mine.ctypes.data for mine in (*self._mailboxes, fields)]
+        self._arrays.append(np.array(addresses, dtype=np.int64))
+        self._address = int(self._arrays[-1].ctypes.data)
+        self._mailboxes.append(fields)  # last: who sees as many as it needs takes the address
+
+    def _affinity(self) -> dict[str, int]:
+        """What a worker's fields say of the CPUs it may run on; nothing if there is no choice."""
+        if not hasattr(os, "sched_getaffinity"):
+            return {}
+        cpus = os.sched_getaffinity(0)
+        if len(cpus) < 2 or max(cpus) >= 64 * driver.MASK_WORDS:
+            return {}
+        mask = sum(1 << cpu for cpu in cpus).to_bytes(8 * driver.MASK_WORDS, "little")
+        self._arrays.append(np.frombuffer(bytearray(mask), dtype=np.int64))
+        return {
+            "allowed": int(self._arrays[-1].ctypes.data),
+            "avoided": -1,
+            "getcpu": address_of("sched_getcpu"),
+            "setaffinity": address_of("sched_setaffinity"),
+        }
 
     def stop(self) -> None:
         """Send every worker home; one that is still at work gets a moment to finish."""

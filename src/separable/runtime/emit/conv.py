@@ -23,11 +23,8 @@ from . import expression
 from .builder import Builder, Index, Value
 from .elementwise import load_strided
 from .expression import Expression
+from .products import Products, add
 from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, window_runs
-
-_LINE = 16  # floats
-_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
-_CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
 
 
 @dataclass(frozen=True)
@@ -320,26 +317,35 @@ class _Emitter:
         corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
         lanes = panel.vectors * b.width
 
+        def products(x: Value, weights: Value, depth: int, pixels: tuple[int, int]) -> Products:
+            return Products(
+                x=x,
+                weights=weights,
+                depth=depth,
+                pixels=pixels,
+                vectors=panel.vectors,
+                x_strides=(conv.stride[1] * conv.x_strides[2], conv.x_strides[3]),
+            )
+
+        # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
+        ahead = (conv.depth * lanes, turn, self.turns)
+
         def line(ky: Index, *sums: Value) -> list[Value]:
             y = b.add(top, b.mul(ky, conv.dilation[0]))
             source = b.at(x, b.dot((image, y, corner), conv.x_strides[:3]))
             weights = b.at(panel.weights, b.mul(ky, kw * inputs * lanes))
             if run.inside and self.joined:
-                pixels = run.taps[0]
-                return self.channels(
-                    source, weights, kw * inputs, list(sums), pixels, panel.vectors, turn
-                )
+                one = products(source, weights, kw * inputs, run.taps[0])
+                return add(b, one, list(sums), conv.depth, ahead)
             result = list(sums)
             for kx in range(kw):
-                result = self.channels(
+                one = products(
                     b.at(source, kx * conv.dilation[1] * conv.x_strides[2]),
                     b.at(weights, kx * inputs * lanes),
                     inputs,
-                    result,
                     run.taps[kx],
-                    panel.vectors,
-                    turn,
                 )
+                result = add(b, one, result, conv.depth, ahead)
             return result
 
         zeros = [b.zero()] * (run.size * panel.vectors)
@@ -347,76 +353,6 @@ class _Emitter:
         # Last, as torch does: on top of a large bias, each product would be rounded to its size.
         bias = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
         return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]
-
-    def channels(
-        self,
-        x: Value,
-        w: Value,
-        depth: int,
-        sums: list[Value],
-        pixels: tuple[int, int],
-        vectors: int,
-        turn: Index,
-    ) -> list[Value]:
-        """Add `depth` products to the accumulators of the pixels `low <= i < high`."""
-        b, conv = self.b, self.conv
-        low, high = pixels
-        if low == high:
-            return sums
-        pixel, step = conv.stride[1] * conv.x_strides[2], conv.x_strides[3]
-        lanes = vectors * b.width
-
-        def product(x: Value, w: Value, sums: list[Value]) -> list[Value]:
-            columns = [b.load(b.at(w, v * b.width)) for v in range(vectors)]
-            result = list(sums)
-            for i in range(low, high):
-                value = b.broadcast(b.load_scalar(b.at(x, i * pixel)))
-                for v, column in enumerate(columns):
-                    at = i * vectors + v
-                    result[at] = b.fma(value, column, sums[at])
-            return result
-
-        def chain(start: Index, length: int, sums: list[Value]) -> list[Value]:
-            first, weights = b.at(x, b.mul(start, step)), b.at(w, b.mul(start, lanes))
-
-            def products(k: Index, *sums: Value) -> list[Value]:
-                for line in range(lines):
-                    at = b.mul(b.add(start, k), _LINE * lines // unroll)
-                    b.prefetch(b.at(following, at, _LINE * line))
-                source, columns = b.at(first, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
-                result = list(sums)
-                for ahead in range(unroll):
-                    result = product(
-                        b.at(source, ahead * step), b.at(columns, ahead * lanes), result
-                    )
-                return result
-
-            whole = length - length % unroll
-            sums = b.loop(0, whole, products, sums, step=unroll)
-            for k in range(whole, length):
-                sums = product(b.at(first, k * step), b.at(weights, k * lanes), sums)
-            return sums
-
-        def part(number: Index, *sums: Value) -> list[Value]:
-            partial = chain(b.mul(number, length), length, [b.zero()] * len(sums))
-            return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
-
-        cost = (high - low) * vectors
-        unroll = 4 if depth % 3 else 3
-        if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
-            unroll = 1
-        # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
-        lines = 0
-        if self.turns > 1 and depth > 4:
-            share = -(-depth * lanes // self.turns)
-            following = b.at(w, b.mul(turn, share), conv.depth * lanes)
-            lines = -(-unroll * lanes // self.turns // _LINE)
-        if conv.depth <= _CHAIN:
-            return chain(0, depth, sums)
-        parts = -(-depth // _CHAIN)
-        length = depth // parts // unroll * unroll
-        sums = b.loop(0, parts, part, sums)
-        return chain(parts * length, depth - parts * length, sums)
 
     def epilogue(
         self, run: Run, position: Sequence[Index], sums: list[Value], panel: _Panel

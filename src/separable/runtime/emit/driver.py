@@ -1,18 +1,22 @@
 """The driver: runs a list of steps on several threads, and the loop of a worker thread.
 
-All threads walk the same steps. A step's tasks are dealt out in equal shares, one per thread;
-who finishes a share takes tasks from the others, and nobody goes on before all tasks are done. A
-thread that the system does not run holds nothing up but the one task it has begun.
+A job is posted to the workers and then joined by whoever posted it. All threads walk the same
+steps. A step's tasks are dealt out in equal shares, one per thread; who finishes a share takes
+tasks from the others, and nobody goes on before all tasks are done. A thread that the system does
+not run holds nothing up but the one task it has begun.
 
     job:    steps, first, last, bases, counters, slots, active, yield
     step:   kernel, tasks, arguments, (base, offset in bytes) per argument; a base of -n is that of
             the thread, number n + slot
-    worker: mailbox, sleeping, slot, reader, writer, read, write
+    worker: mailbox, sleeping, slot, reader, writer, read, write, thread, allowed, avoided, getcpu,
+            setaffinity
 
 Counters are one cache line each: per step one per share (tasks taken), then one (tasks done).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from llvmlite import ir
 
@@ -20,7 +24,11 @@ from ..machine import Machine
 from .builder import I32, I64, PTR, Value
 
 JOB = ("steps", "first", "last", "bases", "counters", "slots", "active", "yield")
-WORKER = ("mailbox", "sleeping", "slot", "reader", "writer", "read", "write")
+WORKER = (
+    *("mailbox", "sleeping", "slot", "reader", "writer", "read", "write"),
+    *("thread", "allowed", "avoided", "getcpu", "setaffinity"),
+)
+MASK_WORDS = 16  # of the CPUs that a thread may run on
 MOST_ARGUMENTS = 14
 STEP_WORDS = 3 + 2 * MOST_ARGUMENTS
 LINE_WORDS = 8
@@ -30,7 +38,7 @@ _VOID = ir.VoidType()
 
 
 def emit(machine: Machine) -> str:
-    """Generate `launch(job, workers, count)` and `work(worker)`."""
+    """Generate `post`, `join`, `work` and `fetch`."""
     return _Driver(machine).text
 
 
@@ -45,8 +53,10 @@ class _Driver:
         )
         self.share = self._function("share", 2, internal=True)
         self._emit_share()
-        self._emit_launch()
+        self._emit_post()
+        self._emit_join()
         self._emit_work()
+        self._emit_fetch()
         self.text = str(self.module)
 
     def _function(self, name: str, parameters: int, internal: bool = False) -> ir.Function:
@@ -89,6 +99,21 @@ class _Driver:
 
     def blocks(self, *names: str) -> list[ir.Block]:
         return [self.b.append_basic_block(name) for name in names]
+
+    def each(self, low: Value, high: Value, body: Callable[[Value], object]) -> None:
+        """Emit `body(i)` for `low <= i < high`."""
+        b = self.b
+        before = b.block
+        turn, leave = self.blocks("turn", "leave")
+        b.cbranch(b.icmp_signed("<", low, high), turn, leave)
+        b.position_at_end(turn)
+        i = b.phi(I64)
+        i.add_incoming(low, before)
+        body(i)
+        following = b.add(i, I64(1))
+        i.add_incoming(following, b.block)
+        b.cbranch(b.icmp_signed("<", following, high), turn, leave)
+        b.position_at_end(leave)
 
     # -- functions ------------------------------------------------------------------------------
 
@@ -147,23 +172,17 @@ class _Driver:
     ) -> None:
         """Turn (base, offset) pairs into addresses."""
         b = self.b
-        before = b.block
-        turn, ready = self.blocks("argument", "ready")
-        b.branch(turn)
-        b.position_at_end(turn)
-        i = b.phi(I64)
-        i.add_incoming(I64(0), before)
-        pair = b.add(b.shl(i, I64(1)), I64(3))
-        number = self.get(step, pair)
-        own = b.icmp_signed("<", number, I64(0))
-        base = self.get(bases, b.select(own, b.sub(slot, number), number))
-        offset = self.get(step, b.add(pair, I64(1)))
-        address = b.gep(b.inttoptr(base, PTR), [offset], source_etype=ir.IntType(8))
-        b.store(address, b.gep(pointers, [i], source_etype=PTR))
-        following = b.add(i, I64(1))
-        i.add_incoming(following, turn)
-        b.cbranch(b.icmp_signed("<", following, count), turn, ready)
-        b.position_at_end(ready)
+
+        def argument(i: Value) -> None:
+            pair = b.add(b.shl(i, I64(1)), I64(3))
+            number = self.get(step, pair)
+            own = b.icmp_signed("<", number, I64(0))
+            base = self.get(bases, b.select(own, b.sub(slot, number), number))
+            offset = self.get(step, b.add(pair, I64(1)))
+            address = b.gep(b.inttoptr(base, PTR), [offset], source_etype=ir.IntType(8))
+            b.store(address, b.gep(pointers, [i], source_etype=PTR))
+
+        self.each(I64(0), count, argument)
 
     def _deal(
         self, shares: Value, done: Value, tasks: Value, slots: Value, slot: Value, run: object
@@ -216,46 +235,92 @@ class _Driver:
         spins.add_incoming(I64(_SPINS - 16), give_way)
         b.branch(check)
 
-    def _emit_launch(self) -> None:
-        """`launch(job, workers, count)`: hand the job to idle workers and take part."""
-        launch = self._function("launch", 3)
-        b, (job, workers, count) = self.b, launch.args
-        entry = b.block
+    def _emit_post(self) -> None:
+        """`post(job, workers, count)`: hand the job to those workers that are idle."""
+        post = self._function("post", 3)
+        b, (job, workers, count) = self.b, post.args
         token = b.alloca(I64)
         b.store(I64(1), token)
         active = self.word(job, JOB.index("active"))
-        offer, post, wake, refused, next_worker, start = self.blocks(
-            "offer", "post", "wake", "refused", "next", "start"
-        )
-        b.cbranch(b.icmp_signed(">", count, I64(0)), offer, start)
-        b.position_at_end(offer)
-        i = b.phi(I64)
-        i.add_incoming(I64(0), entry)
-        worker = self.get(workers, i)
-        mailbox = self.word(worker, WORKER.index("mailbox"))
-        # Counted before it is posted: the job stays valid until the last worker has left it.
-        self.atomic("add", active, 1)
-        taken = b.extract_value(b.cmpxchg(mailbox, I64(0), job, "seq_cst", "seq_cst"), 1)
-        b.cbranch(taken, post, refused)
-        b.position_at_end(post)
-        slept = self.atomic("xchg", self.word(worker, WORKER.index("sleeping")), 0)
-        b.cbranch(b.icmp_signed("==", slept, I64(1)), wake, next_worker)
-        b.position_at_end(wake)
-        writer = b.trunc(self.get(worker, WORKER.index("writer")), I32)
-        write = self.get(worker, WORKER.index("write"))
-        self.call(write, I64, [writer, token, I64(8)])
-        b.branch(next_worker)
-        b.position_at_end(refused)
-        self.atomic("sub", active, 1)
-        b.branch(next_worker)
-        b.position_at_end(next_worker)
-        following = b.add(i, I64(1))
-        i.add_incoming(following, next_worker)
-        b.cbranch(b.icmp_signed("<", following, count), offer, start)
-        b.position_at_end(start)
-        b.call(self.share, [job, I64(0)])
-        self.atomic("sub", active, 1)
+        self.atomic("xchg", active, 1)
+        self._clear(job, count)
+
+        def offer(i: Value) -> None:
+            worker = self.get(workers, i)
+            mailbox = self.word(worker, WORKER.index("mailbox"))
+            taken, wake, refused, next_worker = self.blocks("taken", "wake", "refused", "next")
+            # Counted before it is posted: the job stays valid until the last worker has left it.
+            self.atomic("add", active, 1)
+            swap = b.cmpxchg(mailbox, I64(0), job, "seq_cst", "seq_cst")
+            b.cbranch(b.extract_value(swap, 1), taken, refused)
+            b.position_at_end(taken)
+            slept = self.atomic("xchg", self.word(worker, WORKER.index("sleeping")), 0)
+            b.cbranch(b.icmp_signed("==", slept, I64(1)), wake, next_worker)
+            b.position_at_end(wake)
+            self._keep_apart(worker)
+            writer = b.trunc(self.get(worker, WORKER.index("writer")), I32)
+            write = self.get(worker, WORKER.index("write"))
+            self.call(write, I64, [writer, token, I64(8)])
+            b.branch(next_worker)
+            b.position_at_end(refused)
+            self.atomic("sub", active, 1)
+            b.branch(next_worker)
+            b.position_at_end(next_worker)
+
+        self.each(I64(0), count, offer)
         b.ret_void()
+
+    def _keep_apart(self, worker: Value) -> None:
+        """Forbid a sleeping worker this CPU.
+
+        The system likes to wake a thread where its waker runs; there it would wait for the end of
+        the very job it is to share. A worker without a mask of allowed CPUs is left alone.
+        """
+        b = self.b
+        known, changed, done = self.blocks("known", "changed", "done")
+        allowed, avoided = (self.get(worker, WORKER.index(n)) for n in ("allowed", "avoided"))
+        b.cbranch(b.icmp_signed("!=", allowed, I64(0)), known, done)
+        b.position_at_end(known)
+        cpu = b.sext(self.call(self.get(worker, WORKER.index("getcpu")), I32, []), I64)
+        b.cbranch(b.icmp_signed("!=", cpu, avoided), changed, done)
+        b.position_at_end(changed)
+        none = b.icmp_signed("<", avoided, I64(0))
+        before = b.select(none, I64(0), avoided)
+        word = self.word(allowed, b.lshr(before, I64(6)))
+        bit = b.select(none, I64(0), b.shl(I64(1), b.and_(before, I64(63))))
+        b.store(b.or_(b.load(word, typ=I64), bit), word)
+        word, bit = self.word(allowed, b.lshr(cpu, I64(6))), b.shl(I64(1), b.and_(cpu, I64(63)))
+        bits = b.load(word, typ=I64)
+        b.store(b.and_(bits, b.not_(bit)), word)
+        was_allowed = b.icmp_signed("!=", b.and_(bits, bit), I64(0))
+        b.store(b.select(was_allowed, cpu, I64(-1)), self.word(worker, WORKER.index("avoided")))
+        thread = b.trunc(self.get(worker, WORKER.index("thread")), I32)
+        change = self.get(worker, WORKER.index("setaffinity"))
+        self.call(change, I32, [thread, I64(8 * MASK_WORDS), allowed])
+        b.branch(done)
+        b.position_at_end(done)
+
+    def _emit_join(self) -> None:
+        """`join(job)`: take part in a job until all of it is done."""
+        join = self._function("join", 1)
+        (job,) = join.args
+        self.b.call(self.share, [job, I64(0)])
+        self.atomic("sub", self.word(job, JOB.index("active")), 1)
+        self.b.ret_void()
+
+    def _clear(self, job: Value, count: Value) -> None:
+        """Set the counters of a job's steps to zero, if workers are to share it."""
+        b = self.b
+        slots, counters = self.field(job, "slots"), self.field(job, "counters")
+        each = b.add(slots, I64(1))
+        low, high = (b.mul(self.field(job, name), each) for name in ("first", "last"))
+        shared = b.icmp_signed(">", count, I64(0))
+        with b.if_then(shared):
+            self.each(
+                low,
+                high,
+                lambda i: b.store(I64(0), self.word(counters, b.mul(i, I64(LINE_WORDS)))),
+            )
 
     def _emit_work(self) -> None:
         """`work(worker)`: wait for jobs, spinning shortly and then asleep, until told to stop."""
@@ -298,4 +363,18 @@ class _Driver:
         self.atomic("xchg", mailbox, 0)
         b.branch(idle)
         b.position_at_end(leave)
+        b.ret_void()
+
+    def _emit_fetch(self) -> None:
+        """`fetch(lines, count)`: bring memory at these addresses into the cache."""
+        fetch = self._function("fetch", 2)
+        b, (lines, count) = self.b, fetch.args
+        hint = ir.FunctionType(_VOID, [PTR, I32, I32, I32])
+        prefetch = ir.Function(self.module, hint, "llvm.prefetch.p0")
+
+        def line(i: Value) -> None:
+            address = b.inttoptr(self.get(lines, i), PTR)
+            b.call(prefetch, [address, I32(0), I32(3), I32(1)])
+
+        self.each(I64(0), count, line)
         b.ret_void()

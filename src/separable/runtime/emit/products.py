@@ -1,0 +1,117 @@
+"""Sums of products: the inner loop of every convolution.
+
+    for each input channel:
+      accumulators += input pixels (broadcast) × weights (vectors)
+
+A long sum is added up in parts, and what is read next is fetched on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .builder import Builder, Index, Value
+
+_LINE = 16  # floats
+_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
+_CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
+
+
+@dataclass(frozen=True)
+class Products:
+    """What is multiplied.
+
+    Attributes:
+        x: the first channel of the first pixel.
+        weights: `[depth][vectors × width]`.
+        depth: channels.
+        pixels: the pixels `low <= i < high` of the block, which the sum is for.
+        vectors: of weights per channel.
+        x_strides: floats between (pixels, channels).
+    """
+
+    x: Value
+    weights: Value
+    depth: int
+    pixels: tuple[int, int]
+    vectors: int
+    x_strides: tuple[int, int]
+
+
+def add(
+    b: Builder,
+    products: Products,
+    sums: list[Value],
+    total: int,
+    ahead: tuple[int, Index, int],
+) -> list[Value]:
+    """Add products to the accumulators.
+
+    Args:
+        b: where to emit.
+        products: what is multiplied.
+        sums: an accumulator per pixel of the block and vector.
+        total: products that each accumulator sees, of which these are some.
+        ahead: floats from the weights to those behind them, and which of how many blocks that read
+            these weights in turn this is: each fetches a share of what follows.
+
+    Returns:
+        The accumulators.
+    """
+    low, high = products.pixels
+    if low == high:
+        return sums
+    depth, vectors = products.depth, products.vectors
+    pixel, step = products.x_strides
+    lanes = vectors * b.width
+    cost = (high - low) * vectors
+    unroll = 4 if depth % 3 else 3
+    if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
+        unroll = 1
+    distance, turn, turns = ahead
+    lines = 0
+    if turns > 1 and depth > 4:
+        share = -(-depth * lanes // turns)
+        following = b.at(products.weights, b.mul(turn, share), distance)
+        lines = -(-unroll * lanes // turns // _LINE)
+
+    def one(x: Value, weights: Value, sums: list[Value]) -> list[Value]:
+        columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
+        result = list(sums)
+        for i in range(low, high):
+            value = b.broadcast(b.load_scalar(b.at(x, i * pixel)))
+            for v, column in enumerate(columns):
+                at = i * vectors + v
+                result[at] = b.fma(value, column, sums[at])
+        return result
+
+    def chain(start: Index, length: int, sums: list[Value]) -> list[Value]:
+        x = b.at(products.x, b.mul(start, step))
+        weights = b.at(products.weights, b.mul(start, lanes))
+
+        def several(k: Index, *sums: Value) -> list[Value]:
+            for line in range(lines):
+                at = b.mul(b.add(start, k), _LINE * lines // unroll)
+                b.prefetch(b.at(following, at, _LINE * line))
+            source, columns = b.at(x, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
+            result = list(sums)
+            for i in range(unroll):
+                result = one(b.at(source, i * step), b.at(columns, i * lanes), result)
+            return result
+
+        whole = length - length % unroll
+        sums = b.loop(0, whole, several, sums, step=unroll)
+        for k in range(whole, length):
+            sums = one(b.at(x, k * step), b.at(weights, k * lanes), sums)
+        return sums
+
+    def part(number: Index, *sums: Value) -> list[Value]:
+        partial = chain(b.mul(number, length), length, [b.zero()] * len(sums))
+        return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
+
+    if total <= _CHAIN:
+        return chain(0, depth, sums)
+    parts = -(-depth // _CHAIN)
+    length = depth // parts // unroll * unroll
+    sums = b.loop(0, parts, part, sums)
+    return chain(parts * length, depth - parts * length, sums)
