@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import separable
-from separable.conversion import applying, fitting, refining, sites
+from separable.conversion import applying, fitting, refining, sites, varying
 from separable.conversion.sites import Inputs, divergence
+from separable.conversion.varying import blended
 
 from . import data, networks, tables
 from .run import calibrated, write
@@ -40,11 +44,14 @@ FIT: dict[str, list[Patch]] = {
     "Fisher information of outputs over 4": [(sites, "_surprise", _tempered(sites._surprise))],
     "ridge 10⁻⁴": [(fitting, "RIDGE", 1e-4)],
     "ridge 10⁻²": [(fitting, "RIDGE", 1e-2)],
+    "fit without variations": [(varying, "ENOUGH", 1)],
 }
 """levers of the fit, without the last pass"""
 AUGMENTED = "calibration inputs and as many blends"
+AGAIN = "a second sequential pass"
 LAST: dict[str, list[Patch]] = {
     "last pass, as it is": [],
+    "without variations": [(refining, "ENOUGH", 1)],
     "without blends": [(refining, "BLENDED", 10**9)],
     "blends in every step": [(refining, "BLENDED", 1)],
     "without the layers' own errors": [(refining, "LAYERS", 0.0)],
@@ -56,6 +63,7 @@ LAST: dict[str, list[Patch]] = {
     "600 steps": [(refining, "STEPS", 600)],
 }
 """levers of the last pass, each from the network that was fitted as it is"""
+LEVERS = (*FIT, AUGMENTED, AGAIN, *LAST)
 
 
 def _with(patches: list[Patch]) -> ExitStack:
@@ -65,28 +73,49 @@ def _with(patches: list[Patch]) -> ExitStack:
     return stack
 
 
-def tried(model: nn.Module, given: Tensor, fold: float) -> Iterator[tuple[str, nn.Module]]:
-    """The network that comes out with each lever."""
+def _again(start: nn.Module, model: nn.Module, plan: separable.Plan, inputs: Inputs) -> nn.Module:
+    """Fit each layer once more, in the network that was fitted once and its new batch norms."""
+    result = copy.deepcopy(start)
+    shown = varying.Varied(inputs, sum(row.macs_before for row in plan.rows), plan.seed)
+    found = {site.name: site for site in sites.trace(model, inputs.first)}
+    changing = [row for row in plan.rows if row.form is not None]
+    slopes = sites.fisher(model, [found[row.name] for row in changing], shown, plan.seed)
+    for row in changing:
+        moments = sites.collect(model, result, found[row.name], shown, plan.seed)
+        conv: Any = model.get_submodule(row.name)
+        form = applying.fitted_module(conv, row, moments, slopes.get(row.name))
+        result = sites.replaced(result, found[row.name].names, form)
+    return applying.with_batch_norm(result, inputs) or result
+
+
+def tried(
+    model: nn.Module, given: Tensor, fold: float, levers: Collection[str]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The network that comes out with each of the named levers."""
     inputs = Inputs(given, model)
 
     def fitted(inputs: Tensor) -> tuple[nn.Module, separable.Plan]:
         plan = separable.plan(model, inputs, f"macs={1 / fold}", progress=False)
-        found, _ = applying.run(model, plan, Inputs(inputs, model), None, False, refine=False)
+        found, _ = applying.fitted(model, plan, Inputs(inputs, model), False)
         return found, plan
 
-    generator = torch.Generator().manual_seed(0)
-    blends = torch.cat(list(refining._draws(inputs, 1.0, generator, blend=True)))
     start, plan = fitted(given)
-    yield next(iter(FIT)), start
-    for name, patches in list(FIT.items())[1:]:
-        with _with(patches):
-            yield name, fitted(given)[0]
-    yield AUGMENTED, fitted(torch.cat([given, blends]))[0]
+    for name, patches in FIT.items():
+        if name in levers:
+            with _with(patches):
+                yield name, fitted(given)[0] if patches else start
+    if AUGMENTED in levers:
+        generator = torch.Generator().manual_seed(0)
+        blends = torch.cat(list(refining._draws(inputs, 1.0, generator, blended)))
+        yield AUGMENTED, fitted(torch.cat([given, blends]))[0]
+    if AGAIN in levers:
+        yield AGAIN, _again(start, model, plan, inputs)
     macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
     for name, patches in LAST.items():
-        with _with(patches):
-            better = refining.refined(start, model, inputs, macs, plan.seed, progress=False)
-        yield name, start if better is None else better
+        if name in levers:
+            with _with(patches):
+                better = refining.refined(start, model, inputs, macs, plan.seed, progress=False)
+            yield name, start if better is None else better
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -95,7 +124,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     found = {(row["lever"], row["cell"]): row for row in rows}
     lines = [
         [lever, *(_entry(found.get((lever, cell))) for cell in cells)]
-        for lever in dict.fromkeys(row["lever"] for row in rows)
+        for lever in LEVERS
+        if any((lever, cell) in found for cell in cells)
     ]
     return tables.grid(["lever", *cells], lines)
 
@@ -108,29 +138,48 @@ def _entry(row: dict[str, Any] | None) -> str:
 @click.option("--network", "names", multiple=True, default=("vgg",))
 @click.option("--data", "dataset", default="digits")
 @click.option("--fold", "folds", multiple=True, type=float, default=(7.0, 14.0))
+@click.option("--inputs", "count", default=512, help="calibration inputs")
+@click.option("--lever", "levers", multiple=True, default=LEVERS)
 @click.option("--out", type=Path, default=RESULTS)
-def main(names: tuple[str, ...], dataset: str, folds: tuple[float, ...], out: Path) -> None:
-    """Measure each lever on the networks of seed 0, print a table and write JSON."""
+def main(
+    names: tuple[str, ...],
+    dataset: str,
+    folds: tuple[float, ...],
+    count: int,
+    levers: tuple[str, ...],
+    out: Path,
+) -> None:
+    """Measure levers on the networks of seed 0, print a table and write JSON.
+
+    Rows that the file has are not measured again; delete it to start afresh.
+    """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*positions; more calibration")
     _, _, inputs, labels = data.load(dataset)
-    rows: list[dict[str, Any]] = []
-    for name in names:
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
+    for name, fold in itertools.product(names, folds):
+        cell = f"{name}, {dataset}, {fold:g}x"
+        here = [row for row in rows if (row["cell"], row["calibration"]) == (cell, count)]
+        missing = set(levers) - {row["lever"] for row in here}
+        if not missing:
+            continue
         model = networks.trained(name, dataset, 0)
         original = networks.accuracy(model, inputs, labels)
-        for fold in folds:
-            for lever, result in tried(model, calibrated(dataset, 0, 512), fold):
-                rows.append(
-                    {
-                        "cell": f"{name}, {dataset}, {fold:g}x",
-                        "lever": lever,
-                        "original": original,
-                        "accuracy": networks.accuracy(result, inputs, labels),
-                        "kl": divergence(result, model, inputs.split(256)),
-                    }
-                )
-                write(out, rows)
-    print(table(rows))
+        for lever, result in tried(model, calibrated(dataset, 0, count), fold, missing):
+            rows.append(
+                {
+                    "cell": cell,
+                    "calibration": count,
+                    "lever": lever,
+                    "original": original,
+                    "accuracy": networks.accuracy(result, inputs, labels),
+                    "kl": divergence(result, model, inputs.split(256)),
+                }
+            )
+            write(out, rows)
+    for count in sorted({row["calibration"] for row in rows}, reverse=True):
+        print(f"\n{count} calibration inputs\n")
+        print(table([row for row in rows if row["calibration"] == count]))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import separable
-from separable.conversion.applying import run
-from separable.conversion.refining import refined
+from separable.conversion.applying import finished, fitted
 from separable.conversion.sites import Inputs, divergence
 
 from . import data, networks, rivals, tables
@@ -39,11 +38,9 @@ def ours(model: nn.Module, given: Tensor, fold: float) -> Iterator[tuple[str, nn
     """The conversion without its last pass, and with it, as `separable.convert` gives it."""
     inputs = Inputs(given, model)
     plan = separable.plan(model, given, f"macs={1 / fold}", progress=False)
-    fitted, _ = run(model, plan, inputs, None, progress=False, refine=False)
-    yield tables.ONCE, fitted, plan.macs
-    macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
-    better = refined(fitted, model, inputs, macs, plan.seed, progress=False)
-    yield tables.OURS, fitted if better is None else better, plan.macs
+    once, report = fitted(model, plan, inputs, progress=False)
+    yield tables.ONCE, once, plan.macs
+    yield tables.OURS, finished(once, report, model, inputs, progress=False)[0], plan.macs
 
 
 def theirs(
@@ -73,6 +70,8 @@ def measured(cell: tuple[Any, ...], have: set[str], methods: list[str]) -> Itera
     start = time.perf_counter()
     mine = iter(()) if tables.OURS in have else ours(model, given, fold)
     for method, result, macs in itertools.chain(mine, found):
+        if method in have:
+            continue  # the last run ended between ours
         yield {
             **dict(zip(KEYS, cell, strict=True)),
             "method": method,

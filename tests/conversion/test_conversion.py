@@ -1,6 +1,7 @@
 """Whole networks: budgets, what is kept, files, merge, exporters, processes."""
 
 import copy
+import dataclasses
 import json
 import warnings
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 import separable
-from separable.conversion import SeparatedConv, planning, refining
-from separable.conversion.sites import divergence
+from separable.conversion import SeparatedConv, applying, converting, planning, refining
+from separable.conversion.applying import finished, fitted
+from separable.conversion.sites import Inputs, divergence
 
 FEW = "positions; more calibration"
 
@@ -152,6 +154,85 @@ def test_params_and_error_budgets(model, inputs):
     assert slim.report.plan.macs < 1
 
 
+def test_budgets_share_a_survey(model, inputs):
+    budgets = ["macs=0.3", "params=0.6"]
+    surveyed = planning.survey(model, inputs, budgets, progress=False)
+    plans = {each: surveyed.choose(each) for each in budgets}
+    assert plans == {each: separable.plan(model, inputs, each, progress=False) for each in budgets}
+    assert len({plan.macs for plan in plans.values()}) == 2
+
+
+def test_further_budgets_are_fitted_once(model, inputs, monkeypatch):
+    def kept(converted, report, *_):
+        return copy.deepcopy(converted), dataclasses.replace(report, error=0.0, refined=True)
+
+    monkeypatch.setattr(converting, "finished", kept)
+    found = converting.frontier(model, inputs, "macs=0.4", ["macs=0.6"], progress=False)
+    assert {name: network.report.refined for name, network in found.items()} == {
+        "macs=0.4": True,
+        "macs=0.4, fitted once": False,
+        "macs=0.6, fitted once": False,
+    }
+    plans = {name: network.report.plan for name, network in found.items()}
+    assert plans["macs=0.4"] == plans["macs=0.4, fitted once"]
+    assert plans["macs=0.6, fitted once"].budget == "macs=0.6"
+    assert list(converting.frontier(model, inputs, None, ["macs=0.6"], progress=False)) == [
+        "macs=0.6, fitted once"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gain", "floor", "expected"),
+    [
+        (1, 0.0, 0.4),  # the last pass gains nothing
+        (5, 0.0, 0.4 / 5**0.25),  # it meets the limit at fewer multiply-adds
+        (50, 0.0, 0.4 / 10**0.25),  # it would at fewer yet, but is not tried there
+        (5, 0.3, 0.3),  # there are no smaller plans
+        (0.01, 0.7, 0.7),  # nor is it tried where the limit is met without
+    ],
+)
+def test_an_error_budget_finds_the_least_multiply_adds(gain, floor, expected, monkeypatch):
+    limit, refinements = 0.05, []
+
+    def within(share, _):
+        if share < floor:
+            raise ValueError
+        return share
+
+    def once(_, share, *__):
+        return share, SimpleNamespace(error=limit * (0.4 / share) ** 4)
+
+    def last(share, report, *_):
+        refinements.append(report.error)
+        return share, SimpleNamespace(error=report.error / gain)
+
+    monkeypatch.setattr(planning, "fitted", once)
+    monkeypatch.setattr(planning, "finished", last)
+    goal = SimpleNamespace(limit=limit)
+    task = SimpleNamespace(
+        original=None, progress=False, goal=goal, plan=lambda _: 1.0, within=within
+    )
+    resolution = 1000 ** (0.5**planning.TRIALS)
+    assert expected <= planning._for_error(task, None) <= expected * resolution
+    assert all(limit < error <= planning.HOPE * limit for error in refinements)
+
+
+def test_the_last_pass_never_raises_the_measured_error(model, inputs, monkeypatch):
+    plan = separable.plan(model, inputs, "macs=0.4", progress=False)
+    given = Inputs(inputs, model)
+    once, report = fitted(model, plan, given, progress=False)
+
+    def worse(converted, *_):
+        result = copy.deepcopy(converted)
+        result.head.bias.data[0] += 1
+        return result
+
+    monkeypatch.setattr(applying, "refined", worse)
+    kept, after = finished(once, report, model, given, progress=False)
+    assert kept is once
+    assert after == report
+
+
 def test_skip_and_forms(model, inputs):
     plan = separable.plan(
         model, inputs, "macs=0.9", skip=["tw*"], forms=["depthwise-pointwise"], progress=False
@@ -178,6 +259,30 @@ def test_latency_budget_is_met_where_it_can_be(monkeypatch):
     assert plan.seconds_after <= 0.9 * plan.seconds_before
     assert plan.seconds_before == separable.count(wide, inputs=inputs[:1]).macs * 1e-9
     assert "ms" in str(plan)
+
+
+def test_latency_budgets_share_the_times_of_layers(monkeypatch):
+    monkeypatch.setattr(planning, "RANK_STEPS", 2)
+    timed = []
+
+    def counted(model, input, **_):
+        timed.append(model)
+        return SimpleNamespace(median=separable.count(model, inputs=input).macs * 1e-9)
+
+    def both(models, inputs, **_):
+        return tuple(counted(each, inputs) for each in models)
+
+    monkeypatch.setattr(planning, "measure", counted)
+    monkeypatch.setattr(planning, "measure_interleaved", both)
+    wide = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3)).eval()
+    budgets = ["latency=0.9", "latency=0.5"]
+    surveyed = planning.survey(wide, torch.randn(16, 3, 24, 24), budgets, progress=False)
+    surveyed.choose("latency=0.9")
+    layers = [model for model in timed if not isinstance(model, nn.Sequential)]
+    timed.clear()
+    surveyed.choose("latency=0.5")
+    assert layers
+    assert all(isinstance(model, nn.Sequential) and len(model) == 3 for model in timed)
 
 
 def test_plan_is_a_value_that_prints_and_saves(model, inputs, slim):

@@ -8,9 +8,10 @@ from torch import nn
 
 import separable
 from separable.conversion import refining
-from separable.conversion.applying import run
+from separable.conversion.applying import fitted as fit
 from separable.conversion.refining import refined
 from separable.conversion.sites import Inputs, divergence, frozen_copy
+from separable.conversion.varying import blended, varied
 
 
 def network():
@@ -29,7 +30,7 @@ def case():
     inputs = torch.randn(96, 3, 10, 10, generator=torch.Generator().manual_seed(1))
     plan = separable.plan(model, inputs, "macs=0.25", progress=False)
     given = Inputs(inputs, model)
-    fitted, report = run(model, plan, given, None, progress=False, refine=False)
+    fitted, report = fit(model, plan, given, progress=False)
     assert not report.refined
     return model, inputs, fitted
 
@@ -48,7 +49,8 @@ def test_inputs_never_shown_come_closer(case, monkeypatch):
             assert torch.equal(value, better.get_parameter(name))
 
 
-def test_flags_and_gradients_are_as_they_were(case):
+def test_flags_and_gradients_are_as_they_were(case, monkeypatch):
+    monkeypatch.setattr(refining, "STEPS", 60)
     model, inputs, fitted = case
     fitted = copy.deepcopy(fitted)
     first = next(fitted.parameters()).requires_grad_(False)
@@ -82,13 +84,14 @@ def test_batches_of_many_sizes(case, other):
     assert better is None or all(p.isfinite().all() for p in better.parameters())
 
 
-def test_a_step_is_the_same_however_the_batches_are_divided(case):
+@pytest.mark.parametrize("mix", [None, blended, varied])
+def test_a_step_is_the_same_however_the_batches_are_divided(case, mix):
     _, inputs, _ = case
     batches = list(inputs.split(24))
 
     def drawn(given):
         generator = torch.Generator().manual_seed(3)
-        return torch.cat(list(refining._draws(given, 0.25, generator, blend=True)))
+        return torch.cat(list(refining._draws(given, 0.25, generator, mix)))
 
     apart = torch.cat([drawn(batches[:2]), drawn(batches[2:])])
     assert torch.equal(apart, drawn(batches))
@@ -100,7 +103,7 @@ def test_outputs_that_are_no_logits():
     inputs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     plan = separable.plan(model, inputs, "macs=0.4", progress=False)
     given = Inputs(inputs, model)
-    fitted, _ = run(model, plan, given, None, progress=False, refine=False)
+    fitted, _ = fit(model, plan, given, progress=False)
     better = refined(fitted, model, given, 1.0, 0, progress=False)
     assert better is not None
     assert divergence(better, model, given) < divergence(fitted, model, given)

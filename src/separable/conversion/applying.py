@@ -1,8 +1,9 @@
-"""Applying a plan: each layer fitted in execution order, then the batch-norm statistics."""
+"""Applying a plan: each layer fitted in execution order, batch norms, then all together."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from .sites import (
     replaced,
     trace,
 )
+from .varying import Varied
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Report:
     batch_norm: bool
     """whether re-estimated batch-norm statistics lowered it and were kept"""
     refined: bool = False
-    """whether the pass over all layers together lowered it on inputs held out, and was kept"""
+    """whether the pass over all layers together lowered it, there and on variations of the
+    inputs, and was kept"""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan and what was measured as plain Python values, ready for JSON."""
@@ -90,14 +93,9 @@ def apply(model: nn.Module, plan: Plan, calibration: Any, *, progress: bool = Tr
     original = frozen_copy(model)
     _check_plan(original, plan)
     inputs = None if calibration is None else Inputs(calibration, original)
-    if inputs is None:
-        warnings.warn(
-            "conversion without calibration inputs fits the weights alone and keeps the "
-            "batch-norm statistics: expect a large loss of accuracy; a few hundred unlabelled "
-            "inputs avoid it",
-            stacklevel=2,
-        )
-    converted, report = run(original, plan, inputs, None, progress)
+    converted, report = fitted(original, plan, inputs, progress)
+    if inputs is not None:
+        converted, report = finished(converted, report, original, inputs, progress)
     for name, module in converted.named_modules():
         with_flags = _source(model, name)
         if with_flags is not None:
@@ -115,29 +113,35 @@ def _source(model: nn.Module, name: str) -> nn.Module | None:
             name = name.rpartition(".")[0]
 
 
-def run(
+def fitted(
     original: nn.Module,
     plan: Plan,
     inputs: Inputs | None,
-    slopes: dict[str, Tensor] | None,
     progress: bool,
-    refine: bool = True,
 ) -> tuple[nn.Module, Report]:
-    """Apply a plan to a network in eval mode.
+    """Fit a plan's layers one after the other, then the batch-norm statistics.
 
     Args:
         original: the network, in eval mode; left as it is.
         plan: the plan.
         inputs: calibration inputs, or None.
-        slopes: Fisher information per layer, where it was already computed.
         progress: whether to show a progress bar.
-        refine: whether to end with the pass over all layers together.
     """
+    if inputs is None:
+        warnings.warn(
+            "conversion without calibration inputs fits the weights alone and keeps the "
+            "batch-norm statistics: expect a large loss of accuracy; a few hundred unlabelled "
+            "inputs avoid it",
+            stacklevel=3,
+        )
     converted = copy.deepcopy(original)
     sites = {s.name: s for s in trace(original, None if inputs is None else inputs.first)}
     changing = [row for row in plan.rows if row.form is not None]
-    if inputs is not None and slopes is None:
-        slopes = fisher(original, [sites[row.name] for row in changing], inputs, plan.seed)
+    shown = None
+    slopes: dict[str, Tensor] = {}
+    if inputs is not None:
+        shown = Varied(inputs, sum(row.macs_before for row in plan.rows), plan.seed)
+        slopes = fisher(original, [sites[row.name] for row in changing], shown, plan.seed)
     # a layer's time grows with the part of both networks that runs before it
     ends = _ends(plan)
     with tqdm(total=sum(ends[r.name] for r in changing), unit="", disable=not progress) as bar:
@@ -145,32 +149,38 @@ def run(
             bar.set_description(f"fitting {row.name}", refresh=False)
             site = sites[row.name]
             moments = None
-            if inputs is not None:
+            if shown is not None:
                 if not site.calls:
                     raise ValueError(
                         f"layer `{row.name}` never runs on the `calibration` inputs; keep it "
                         "dense with `plan.edited`"
                     )
-                moments = collect(original, converted, site, inputs, plan.seed)
-                _warn_if_few(moments, row)
+                moments = collect(original, converted, site, shown, plan.seed)
+                _warn_if_few(moments.count / shown.copies, row)
             conv: Any = original.get_submodule(row.name)
-            fitted = fitted_module(conv, row, moments, (slopes or {}).get(row.name))
-            converted = replaced(converted, site.names, fitted)
+            form = fitted_module(conv, row, moments, slopes.get(row.name))
+            converted = replaced(converted, site.names, form)
             bar.update(ends[row.name])
     if inputs is None:
         return converted, Report(plan, None, False)
-    renewed = with_batch_norm(converted, inputs)
-    batch_norm = renewed is not None and divergence(renewed, original, inputs) < divergence(
-        converted, original, inputs
-    )
-    if batch_norm and renewed is not None:
-        converted = renewed
-    macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
-    better = refined(converted, original, inputs, macs, plan.seed, progress) if refine else None
-    if better is not None:
-        converted = better
     error = divergence(converted, original, inputs)
-    return converted, Report(plan, error, batch_norm, better is not None)
+    renewed = with_batch_norm(converted, inputs)
+    if renewed is not None and (after := divergence(renewed, original, inputs)) < error:
+        return renewed, Report(plan, after, True)
+    return converted, Report(plan, error, False)
+
+
+def finished(
+    converted: nn.Module, report: Report, original: nn.Module, inputs: Inputs, progress: bool
+) -> tuple[nn.Module, Report]:
+    """End with the pass over all layers together, unless the calibration error rises by it."""
+    assert report.error is not None
+    plan = report.plan
+    macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
+    better = refined(converted, original, inputs, macs, plan.seed, progress)
+    if better is not None and (error := divergence(better, original, inputs)) < report.error:
+        return better, dataclasses.replace(report, error=error, refined=True)
+    return converted, report
 
 
 def fitted_module(
@@ -213,13 +223,13 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _warn_if_few(moments: Moments, row: Row) -> None:
+def _warn_if_few(positions: float, row: Row) -> None:
     assert row.shape is not None
     unknowns = row.shape.inputs * row.shape.taps
-    if moments.count < unknowns:
+    if positions < unknowns:
         warnings.warn(
             f"layer `{row.name}` has {unknowns} inputs per output but the calibration inputs "
-            f"show it only {moments.count:.0f} positions; more calibration inputs would help",
+            f"show it only {positions:.0f} positions; more calibration inputs would help",
             stacklevel=4,
         )
 

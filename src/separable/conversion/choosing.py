@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -47,7 +47,6 @@ class Candidates(NamedTuple):
     """of the layers that may change, dense first"""
     reasons: dict[str, str]
     """why the others stay"""
-    fisher: dict[str, Tensor]
 
 
 def candidates(
@@ -57,10 +56,12 @@ def candidates(
     skip: tuple[str, ...],
     forms: tuple[Form, ...],
     seed: int,
-    share: float,
+    shares: Collection[float],
     progress: bool,
-) -> Candidates:
+) -> dict[float, Candidates]:
     """Find what can be done with each convolution, and what error to expect of it.
+
+    All shares have the same options. Their errors differ, by a fit near each.
 
     Args:
         original: the network, in eval mode.
@@ -69,8 +70,11 @@ def candidates(
         skip: names or patterns of layers to keep.
         forms: the forms to consider.
         seed: of every draw.
-        share: fraction of the dense cost near which the errors should be most exact.
+        shares: fractions of the dense cost near which the errors should be most exact.
         progress: whether to show a progress bar.
+
+    Returns:
+        The candidates for each share.
     """
     sites = trace(original, inputs.first if inputs is not None else example)
     if not sites:
@@ -85,7 +89,7 @@ def candidates(
         conv: Any = original.get_submodule(site.name)
         if not conv.weight.isfinite().all():
             raise ValueError(f"the weight of layer `{site.name}` holds NaN or infinity")
-    options: dict[str, list[Option]] = {}
+    options: dict[float, dict[str, list[Option]]] = {share: {} for share in shares}
     slopes: dict[str, Tensor] = {}
     with tqdm(total=2 * len(chosen), desc="planning", unit="layer", disable=not progress) as bar:
         if inputs is not None and chosen:
@@ -101,9 +105,10 @@ def candidates(
                     slopes.get(site.name),
                     own=True,
                 )
-                options[site.name] = _options(site, goals, forms, share)
+                for share, group_of_share in _options(site, goals, forms, shares).items():
+                    options[share][site.name] = group_of_share
                 bar.update()
-    return Candidates(sites, options, reasons, slopes)
+    return {share: Candidates(sites, found, reasons) for share, found in options.items()}
 
 
 def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) -> str:
@@ -148,8 +153,8 @@ def cost(site: Site, form: Form | None, rank: int) -> tuple[float, int]:
 
 
 def _options(
-    site: Site, goals: list[Target], forms: tuple[Form, ...], share: float
-) -> list[Option]:
+    site: Site, goals: list[Target], forms: tuple[Form, ...], shares: Collection[float]
+) -> dict[float, list[Option]]:
     assert site.shape is not None
 
     # without an example input there are no positions, and the weights stand for the cost
@@ -158,7 +163,7 @@ def _options(
         return macs if site.calls else float(weights)
 
     dense = cost(site, None, 0)
-    found = [Option(None, 0, 0.0, *dense)]
+    found = {share: [Option(None, 0, 0.0, *dense)] for share in shares}
     for form in forms:
         if (form == "low-rank") != (site.shape.taps == 1):
             continue  # without taps, the separable forms have nothing to separate
@@ -170,27 +175,35 @@ def _options(
             and _work(goals[0], form, 1) > ANCHOR_WORK
         ):
             continue  # fitting every output channel's own filters is slow, and seldom best
-        curves = [_levelled(goal, form, most, share, ratio) for goal in goals]
-        errors = torch.stack(curves).sum(0).tolist()
-        found += [
-            Option(form, rank, errors[rank - 1], *cost(site, form, rank))
-            for rank in range(1, most + 1)
-        ]
+        anchors = {share: max(1, min(most, round(share * ratio))) for share in shares}
+        curves = [_levelled(goal, form, most, set(anchors.values())) for goal in goals]
+        for share, anchor in anchors.items():
+            errors = torch.stack([levelled[anchor] for levelled in curves]).sum(0).tolist()
+            found[share] += [
+                Option(form, rank, errors[rank - 1], *cost(site, form, rank))
+                for rank in range(1, most + 1)
+            ]
     return found
 
 
-def _levelled(goal: Target, form: Form, most: int, share: float, ratio: float) -> Tensor:
-    """The predicted error at each rank: the closed-form curve, brought to the level of a fit."""
+def _levelled(goal: Target, form: Form, most: int, anchors: Collection[int]) -> dict[int, Tensor]:
+    """The predicted error at each rank: the closed-form curve, brought to the level of a fit.
+
+    Returns:
+        `[most]` for each anchor, the rank of the fit.
+    """
     scale = goal.scale if goal.gram is not None else 1 / max(goal.norm(goal.weight), 1e-300)
     errors = curve(goal, form, most)
-    anchor = max(1, min(most, round(share * ratio)))
-    if _work(goal, form, anchor) > ANCHOR_WORK:
-        errors = errors * USUAL_LEVEL.get(form, 1.0)
-    elif form != "low-rank":
+
+    def level(anchor: int) -> float:
+        if _work(goal, form, anchor) > ANCHOR_WORK:
+            return USUAL_LEVEL.get(form, 1.0)
+        if form == "low-rank":
+            return 1.0
         reached = fit(goal, form, anchor, ANCHOR_STEPS).dense()[0]
-        level = goal.norm(reached - goal.weight) / max(float(errors[anchor - 1]), 1e-300)
-        errors = errors * min(level, 1.0)
-    return errors * scale
+        return min(goal.norm(reached - goal.weight) / max(float(errors[anchor - 1]), 1e-300), 1.0)
+
+    return {anchor: errors * level(anchor) * scale for anchor in anchors}
 
 
 def _work(goal: Target, form: Form, rank: int) -> float:

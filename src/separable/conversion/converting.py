@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .applying import apply
+from .applying import apply, finished, fitted
 from .forms import FORMS, Form, SeparatedConv, merged
-from .planning import plan
+from .planning import plan, survey
+from .plans import Budget
 from .sites import replaced
 
 
@@ -54,6 +55,52 @@ def convert(
         progress=progress,
     )
     return apply(model, chosen, calibration, progress=progress)
+
+
+def frontier(
+    model: nn.Module,
+    calibration: Any,
+    budget: str | None,
+    further: Sequence[str],
+    *,
+    seed: int = 0,
+    example: Tensor | None = None,
+    progress: bool = True,
+) -> dict[str, nn.Module]:
+    """Convert a network within a budget and within further ones, which share one survey.
+
+    Within the budget it is converted as `convert` does. The further ones go without the last pass
+    over all layers, which takes about half of the time, and the first is returned as it was
+    before that pass too, to compare like with like. Budgets of errors are all met with the pass.
+
+    Args:
+        model: the network, in eval mode; it is left as it was.
+        calibration: as for `convert`, and so are all others.
+        budget: the one to convert within; None for the further ones alone.
+        further: the further ones.
+
+    Returns:
+        The networks in eval mode, each with the attribute `report`, by budget, in order;
+        ", fitted once" follows a budget where there was no last pass.
+    """
+    budgets = [*([] if budget is None else [budget]), *further]
+    surveyed = survey(model, calibration, budgets, seed=seed, example=example, progress=progress)
+    original, inputs = surveyed.original, surveyed.inputs
+    found: dict[str, nn.Module] = {}
+    for each, chosen in {each: surveyed.choose(each) for each in budgets}.items():
+        network, report = fitted(original, chosen, inputs, progress)
+        network.report = report  # type: ignore[assignment]
+        is_error = Budget.parse(each).quantity == "error"
+        if each != budget and not is_error:
+            found[f"{each}, fitted once"] = network
+            continue
+        found[each] = network
+        if inputs is not None:
+            found[each], report = finished(network, report, original, inputs, progress)
+            found[each].report = report  # type: ignore[assignment]
+        if report.refined and further and not is_error:
+            found[f"{each}, fitted once"] = network
+    return found
 
 
 def merge(model: nn.Module) -> nn.Module:

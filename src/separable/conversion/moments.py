@@ -97,19 +97,24 @@ class Moments:
             return self
         sums = [torch.full_like(self.mean[:1, :1], self.count)]
         sums += [self.mean * self.count, self.target * self.count]
-        for tensor in sums:
-            dist.all_reduce(tensor)
-        total = sums[0].item()
+        total = summed(*sums).item()
         mean, target = sums[1] / total, sums[2] / total
         step, shift = self.mean - mean, self.target - target
         gram = torch.baddbmm(self.gram, step[:, :, None], step[:, None], alpha=self.count)
         cross = torch.baddbmm(self.cross, shift[:, :, None], step[:, None], alpha=self.count)
         energy = self.energy + self.count * shift.square()
-        for tensor in (gram, cross, energy):
-            dist.all_reduce(tensor)
+        summed(gram, cross, energy)
         return dataclasses.replace(
             self, count=total, mean=mean, target=target, gram=gram, cross=cross, energy=energy
         )
+
+
+def summed(*tensors: Tensor) -> Tensor:
+    """Sum tensors over all processes, in place; returns the first."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors[0]
 
 
 def samples(

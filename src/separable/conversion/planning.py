@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from ..cost import measure, measure_interleaved
-from .applying import run
+from .applying import finished, fitted
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
 from .plans import Budget, NothingToConvert, Plan
@@ -22,6 +24,8 @@ from .sites import Inputs, frozen_copy, replaced, trace
 
 TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
+HOPE = 10.0
+"""how many times the limit an error may be for the last pass to be tried against it"""
 RANK_STEPS = 8
 """ranks per form and layer that are timed"""
 
@@ -69,33 +73,112 @@ def plan(
         ValueError: there is nothing to convert, the budget cannot be met, the model rejects the
             inputs, or weights or activations are not finite.
     """
-    goal = Budget.parse(budget)
+    return survey(
+        model,
+        calibration,
+        [budget],
+        skip=skip,
+        forms=forms,
+        seed=seed,
+        compile=compile,
+        example=example,
+        progress=progress,
+    ).choose(budget)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What can be done with each layer of a network, to choose from within several budgets."""
+
+    original: nn.Module
+    inputs: Inputs | None
+    example: Tensor | None
+    found: Mapping[float, Candidates]
+    """by the share of the cost near which the errors are most exact"""
+    seed: int
+    compile: Callable[..., Callable[..., Any]]
+    progress: bool
+    timed: dict[Any, float] = field(default_factory=dict)
+    """seconds of the options that were timed so far"""
+
+    def choose(self, budget: str) -> Plan:
+        """The plan for one of the budgets that the survey was made for."""
+        goal = Budget.parse(budget)
+        task = _Task(self.original, self.found[_share(goal)], goal, self.seed, self.progress)
+        if goal.quantity == "error":
+            assert self.inputs is not None
+            return _for_error(task, self.inputs)
+        if goal.quantity == "latency":
+            return _found_by_first(lambda: _for_latency(task, self))
+        return task.within(goal.limit)
+
+
+def survey(
+    model: nn.Module,
+    calibration: Any,
+    budgets: Sequence[str],
+    *,
+    skip: Sequence[str] = (),
+    forms: Sequence[Form] = FORMS,
+    seed: int = 0,
+    compile: Callable[..., Callable[..., Any]] | None = None,
+    example: Tensor | None = None,
+    progress: bool = True,
+) -> Survey:
+    """Find out what can be done with each layer, which takes most of a plan's time.
+
+    Args:
+        model: the network; it is left as it was.
+        calibration: as for `plan`.
+        budgets: all that are to be chosen within, each as for `plan`.
+        skip: as for `plan`, and so are all others.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: as for `plan`, but that a budget can be met is left to `choose`.
+    """
+    goals = [Budget.parse(budget) for budget in budgets]
     original = frozen_copy(model)
+    _check_skip(original, skip)
     inputs = None if calibration is None else Inputs(calibration, original)
     if example is None and inputs is not None:
         example = inputs.first[:1]
-    if inputs is None and goal.quantity == "error":
-        raise ValueError(f"`budget` (={budget!r}) is measured and needs `calibration`")
-    if example is None and goal.quantity != "params":
-        raise ValueError(
-            f"`budget` (={budget!r}) without `calibration` needs `example`, an input batch that "
-            "tells the sizes of the layers; or use 'params='"
-        )
-    share = 0.25 if goal.quantity == "error" else goal.limit
+    for goal, budget in zip(goals, budgets, strict=True):
+        if inputs is None and goal.quantity == "error":
+            raise ValueError(f"`budget` (={budget!r}) is measured and needs `calibration`")
+        if example is None and goal.quantity != "params":
+            raise ValueError(
+                f"`budget` (={budget!r}) without `calibration` needs `example`, an input batch "
+                "that tells the sizes of the layers; or use 'params='"
+            )
     found = candidates(
-        original, inputs, example, tuple(skip), _checked_forms(forms), seed, share, progress
+        original,
+        inputs,
+        example,
+        tuple(skip),
+        _checked_forms(forms),
+        seed,
+        {_share(goal) for goal in goals},
+        progress,
     )
-    if not found.options:
-        raise NothingToConvert(found.reasons)
-    task = _Task(original, found, goal, seed, progress)
-    if goal.quantity == "error":
-        assert inputs is not None
-        return _for_error(task, inputs)
-    if goal.quantity == "latency":
-        assert example is not None
-        sample, compiler = example, compile or (lambda model, _: model)
-        return _found_by_first(lambda: _for_latency(task, sample, compiler))
-    return task.within(goal.limit)
+    for each in found.values():
+        if not each.options:
+            raise NothingToConvert(each.reasons)
+    return Survey(
+        original, inputs, example, found, seed, compile or (lambda model, _: model), progress
+    )
+
+
+def _share(goal: Budget) -> float:
+    """The share of the dense cost where a plan for a budget is likely to end."""
+    return 0.25 if goal.quantity == "error" else goal.limit
+
+
+def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"`skip` (={pattern!r}) must name a layer of the model, and none does")
 
 
 class _Task(NamedTuple):
@@ -144,9 +227,10 @@ def _for_error(task: _Task, inputs: Inputs) -> Plan:
     """The cheapest plan whose measured error is within the limit.
 
     The predicted error of a plan falls with its share of MACs, and the measured one follows it
-    closely enough to bisect on the share's logarithm.
+    closely enough to bisect on the share's logarithm. The last pass, which is slow and never
+    raises the error, runs only where it decides.
     """
-    kept = task.plan({})
+    kept, limit = task.plan({}), task.goal.limit
     best, low, high = kept, math.log(1e-3), 0.0
     for _ in range(TRIALS):
         middle = (low + high) / 2
@@ -155,23 +239,27 @@ def _for_error(task: _Task, inputs: Inputs) -> Plan:
         except ValueError:
             low = middle
             continue
-        _, report = run(task.original, tried, inputs, task.found.fisher, task.progress)
+        found, report = fitted(task.original, tried, inputs, task.progress)
         assert report.error is not None
-        if report.error <= task.goal.limit:
+        if limit < report.error <= HOPE * limit:
+            _, report = finished(found, report, task.original, inputs, task.progress)
+        if report.error is not None and report.error <= limit:
             best, high = tried, middle
         else:
             low = middle
     return best
 
 
-def _for_latency(task: _Task, example: Tensor, compile: Callable[..., Callable[..., Any]]) -> Plan:
+def _for_latency(task: _Task, survey: Survey) -> Plan:
     """The plan of least error whose network, timed as a whole, is within the limit.
 
     Layers are timed alone to choose among their options; the sum misses what happens between
     them, so the network that comes out is timed against the original, and the limit that the
     layers must meet is corrected by what was off, for a few rounds.
     """
-    seconds = _timed(task, example, compile)
+    example, compile = survey.example, survey.compile
+    assert example is not None
+    seconds = _timed(task, survey, example)
     offered = {
         name: [option for option in group if (name, option) in seconds]
         for name, group in task.found.options.items()
@@ -230,11 +318,9 @@ def _found_by_first(search: Callable[[], Plan]) -> Plan:
     return Plan.from_json(told[0])
 
 
-def _timed(
-    task: _Task, example: Tensor, compile: Callable[..., Callable[..., Any]]
-) -> dict[tuple[str, Option], float]:
+def _timed(task: _Task, survey: Survey, example: Tensor) -> dict[tuple[str, Option], float]:
     """Seconds of each layer alone, for a ladder of ranks of each form."""
-    known: dict[Any, float] = {}
+    known = survey.timed
     seconds: dict[tuple[str, Option], float] = {}
     sites = {site.name: site for site in trace(task.original, example)}
     offered = {name: list(_ladder(group)) for name, group in task.found.options.items()}
@@ -250,7 +336,9 @@ def _timed(
                     module = _stand_in(conv, option)
                     generator = torch.Generator().manual_seed(0)
                     input = torch.randn(site.input_size, generator=generator).to(conv.weight)
-                    timed = measure(compile(module, input), input, repeats=5, min_seconds=0.02)
+                    timed = measure(
+                        survey.compile(module, input), input, repeats=5, min_seconds=0.02
+                    )
                     known[key] = float(timed.median)
                 seconds[name, option] = known[key] * site.calls
                 bar.update()

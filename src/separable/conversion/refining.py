@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from .forms import SeparatedConv
+from .moments import summed
 from .sites import Inputs, divergence, is_logits, tensors
+from .varying import ENOUGH, blended, varied
+
+Mix = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 STEPS, SAMPLES = 300, 64
 """optimiser steps, and inputs in each"""
@@ -28,7 +31,7 @@ LAYERS = 1.0
 TEMPERATURE = 4.0
 """of the outputs that are compared (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"""
 BLENDED = 2
-"""one in so many steps sees blends"""
+"""one in so many steps sees blends, where the inputs are many"""
 KEPT = 1024
 """inputs held in memory"""
 
@@ -50,8 +53,8 @@ def refined(
 
     p_T the softmax of the outputs over T, y the outputs of each converted layer. Every other step
     sees blends of two inputs (Zhang et al. 2018, arXiv:1710.09412), without which a few hundred
-    inputs are learned by heart. A step takes the same share of each batch, so it does not depend
-    on how batches are divided among processes.
+    inputs are learned by heart; where they are fewer, every step sees variations. A step takes
+    the same share of each batch, so it does not depend on how batches are divided among processes.
 
     Args:
         converted: the converted network in eval mode; it is left as it was.
@@ -62,18 +65,20 @@ def refined(
         progress: whether to show a progress bar.
 
     Returns:
-        A refined copy, or None where it is no better on blends that no step has seen, or the
-        network is too large.
+        A refined copy, or None where it is no better on blends or variations that no step has
+        seen, or the network is too large.
     """
     result = copy.deepcopy(converted)
     names = [name for name, m in result.named_modules() if isinstance(m, SeparatedConv)]
     if not names or macs * SAMPLES * STEPS / 10 > WORK:
         return None
-    count = _summed(torch.tensor(float(inputs.count))).item()
+    count = summed(torch.tensor(float(inputs.count))).item()
+    few = ENOUGH // count > 1
+    mix, every = (varied, 1) if few else (blended, BLENDED)
     share = min(1.0, KEPT / count)
     kept = [batch[: max(1, math.floor(share * len(batch)))] for batch in inputs]
     part = min(1.0, SAMPLES / (share * count))
-    drawn = _summed(torch.tensor(float(sum(_drawn(batch, part) for batch in kept)))).item()
+    drawn = summed(torch.tensor(float(sum(_drawn(batch, part) for batch in kept)))).item()
     steps = max(1, int(min(STEPS, WORK / max(macs * drawn, 1.0))))
     scales = _variances(original, names, kept)
     weights, rates = _parameters(result, names, scales)
@@ -88,7 +93,7 @@ def refined(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step / steps)
         slopes = [torch.zeros_like(weight) for weight in weights]
-        for batch in _draws(kept, part, generator, blend=step % BLENDED == BLENDED - 1):
+        for batch in _draws(kept, part, generator, mix if (step + 1) % every == 0 else None):
             with torch.enable_grad():
                 loss = _loss(result, original, names, scales, batch) / drawn
             if not loss.requires_grad:
@@ -97,14 +102,14 @@ def refined(
             for slope, more in zip(slopes, found, strict=True):
                 if more is not None:
                     slope += more
-        _summed(*slopes)
+        summed(*slopes)
         for weight, slope in zip(weights, slopes, strict=True):
             weight.grad = slope
         optimiser.step()
     for parameter, flag in zip(result.parameters(), flags, strict=True):
         parameter.grad = None
         parameter.requires_grad_(flag)
-    fresh = list(_draws(kept, 1.0, generator, blend=True))
+    fresh = list(_draws(kept, 1.0, generator, mix))
     better = divergence(result, original, fresh) < divergence(converted, original, fresh)
     return result if better else None
 
@@ -114,7 +119,7 @@ def _drawn(batch: Tensor, part: float) -> int:
 
 
 def _draws(
-    batches: Iterable[Tensor], part: float, generator: torch.Generator, blend: bool
+    batches: Iterable[Tensor], part: float, generator: torch.Generator, mix: Mix | None
 ) -> Iterator[Tensor]:
     """The inputs of a step, joined where their sizes allow."""
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -124,9 +129,8 @@ def _draws(
         count = _drawn(batch, part)
         first, second = (torch.randperm(len(batch), generator=same)[:count] for _ in range(2))
         taken = batch[first]
-        if blend and batch.is_floating_point():
-            weight = torch.rand(count, generator=same).to(batch)
-            taken = taken.lerp(batch[second], weight.view(-1, *[1] * (batch.dim() - 1)))
+        if mix and batch.is_floating_point():
+            taken = mix(taken, batch[second], same)
         found.setdefault(taken.shape[1:], []).append(taken)
     for group in found.values():
         yield torch.cat(group)
@@ -135,14 +139,6 @@ def _draws(
 def _schedule(time: float) -> float:
     """Up within a tenth of the time, then down to nothing on a cosine."""
     return time / 0.1 if time < 0.1 else 0.5 * (1 + math.cos(math.pi * (time - 0.1) / 0.9))
-
-
-def _summed(*tensors: Tensor) -> Tensor:
-    """Sum tensors over all processes, in place; returns the first."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-    return tensors[0]
 
 
 @contextmanager
@@ -182,7 +178,7 @@ def _variances(
             sums[name] = sums.get(name, 0) + torch.stack(moments)
     result = {}
     for name in sorted(sums):
-        count, first, second = _summed(sums[name])
+        count, first, second = summed(sums[name])
         result[name] = (second / count - (first / count).square()).mean().clamp_min(1e-30)
     return result
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .forms import CONVS, TRANSPOSED, Shape
-from .moments import Moments, is_convolution, samples
+from .moments import Moments, is_convolution, samples, summed
 
 BATCH = 32
 """inputs per batch where the calibration inputs come one by one"""
@@ -305,10 +304,7 @@ def fisher(
                         sums[name] = sums.get(name, 0) + _outer(slope, model.get_submodule(name))
                 count += len(part)
     total = torch.tensor(float(count), dtype=torch.float64)
-    everyone = [sums[name] for name in sorted(sums)]
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (total, *everyone):
-            dist.all_reduce(tensor)
+    summed(total, *(sums[name] for name in sorted(sums)))
     return {name: value / total.item() for name, value in sums.items()}
 
 
@@ -363,8 +359,7 @@ def divergence(converted: nn.Module, original: nn.Module, inputs: Iterable[Tenso
             for a, b in zip(tensors(old), tensors(new), strict=True):
                 sums[0] += (a.double() - b.double()).square().sum().item()
                 sums[1] += a.double().square().sum().item()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
+    summed(sums)
     return (sums[0] / sums[1].clamp_min(1e-300)).item()
 
 

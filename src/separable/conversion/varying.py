@@ -1,0 +1,86 @@
+"""Variations of calibration inputs, which stand in for more of them where they are few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .moments import summed
+from .sites import Inputs
+
+ENOUGH, WORK = 512, 5e10
+"""inputs that the moments see at least, variations among them, unless their multiply-adds in a
+pass of the original network are more than this"""
+REACH = 1 / 16
+"""largest shift, of the extent"""
+NOISE = 0.1
+"""largest deviation of the noise, of the inputs' own"""
+CONTRAST = 0.2
+"""largest change of an input's deviation from its mean, of it"""
+
+
+class Varied:
+    """Batches of inputs, each followed by as many variations of it as make them enough.
+
+    The network that is converted tells what its outputs there should be, so an input need not be
+    real, only near those that are. A batch's variations depend on it and the seed alone, not on
+    the process that holds it.
+    """
+
+    def __init__(self, inputs: Inputs, macs: float, seed: int) -> None:
+        """Vary `inputs` for a network that spends so many multiply-adds on each."""
+        count = summed(torch.tensor(float(inputs.count))).item()
+        self.copies = max(1, int(min(ENOUGH, WORK / max(macs, 1.0)) // count))
+        self._inputs, self._seed = inputs, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._inputs:
+            yield batch
+            generator = torch.Generator().manual_seed(self._seed)
+            for _ in range(self.copies - 1 if batch.is_floating_point() else 0):
+                others = batch[torch.randperm(len(batch), generator=generator)]
+                yield varied(batch, others, generator)
+
+
+def varied(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each input, blend it with another, and change its contrast and add noise, a little.
+
+    Args:
+        batch: `[N, ...]`, floating-point; the dimensions after the second are extents.
+        others: what each is blended with, `[N, ...]` (Zhang et al. 2018, arXiv:1710.09412).
+        generator: of all draws.
+    """
+
+    def drawn(low: float, high: float) -> Tensor:
+        values = low + (high - low) * torch.rand(len(batch), generator=generator)
+        return values.to(batch).view(-1, *[1] * (batch.dim() - 1))
+
+    result = batch
+    for dim in range(2, batch.dim()):
+        reach = REACH * batch.shape[dim]
+        result = _shifted(result, dim, drawn(-reach, reach))
+    result = blended(result, others, generator)
+    mean = result.flatten(1).mean(1).view(-1, *[1] * (batch.dim() - 1))
+    result = mean + (result - mean) * drawn(1 - CONTRAST, 1 + CONTRAST)
+    noise = torch.randn(batch.shape, generator=generator).to(batch)
+    return result + batch.std(correction=0) * drawn(0, NOISE) * noise
+
+
+def blended(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Blend each input with another, in any shares."""
+    weight = torch.rand(len(batch), generator=generator).to(batch)
+    return batch.lerp(others, weight.view(-1, *[1] * (batch.dim() - 1)))
+
+
+def _shifted(batch: Tensor, dim: int, amount: Tensor) -> Tensor:
+    """Move each input along a dimension, by parts of a step too; the border repeats."""
+    whole = amount.floor()
+    steps = torch.arange(batch.shape[dim], device=batch.device)
+    steps = steps.view(-1, *[1] * (batch.dim() - 1 - dim)) - whole.long()
+    near, far = (
+        batch.gather(dim, at.clamp(0, batch.shape[dim] - 1).expand_as(batch))
+        for at in (steps, steps - 1)
+    )
+    return near.lerp(far, amount - whole)
