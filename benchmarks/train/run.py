@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import tempfile
@@ -269,8 +270,17 @@ def distil(
     seeds: tuple[int, ...],
     folds: tuple[float, ...],
 ) -> None:
-    """Converted networks, before and after one pass over unlabelled inputs."""
-    rows = []
+    """Converted networks, before and after one pass over unlabelled inputs.
+
+    What was recorded of other networks, data, seeds and budgets stays.
+    """
+    recorded = json.loads(OUT.read_text()) if OUT.exists() else {}
+    again = set(itertools.product(names, datasets, seeds, folds))
+    rows = [
+        row
+        for row in recorded.get("distillation", {}).get("rows", [])
+        if (row["network"], row["data"], row["seed"], row["fold"]) not in again
+    ]
     for seed in seeds:
         for dataset in datasets:
             for name in names:

@@ -62,11 +62,11 @@ class Learning(LightningModule):
             (name.replace("_fsdp_wrapped_module.", "").removeprefix("network."), parameter)
             for name, parameter in self.named_parameters()
         )
-        optimizer = optimizer_of(named, self.plain, self.recipe)
         # Lightning's own estimate would set the loader up before a checkpoint's state is there
         feeding: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         batches = len(feeding.train_dataloader())
         steps = self.recipe.epochs * math.ceil(batches / self.recipe.accumulate)
+        optimizer = optimizer_of(named, self.plain, self.recipe, steps)
         scheduler = schedule_of(optimizer, steps, self.recipe)
         return {
             "optimizer": optimizer,

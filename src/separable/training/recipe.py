@@ -21,6 +21,7 @@ BatchNorm = Literal["train", "frozen"]
 
 _RATES = {"sgd": 0.1, "adamw": 1e-3}
 _DECAYS = {"sgd": 1e-4, "adamw": 0.05}
+_STEPS = 300  # of a distillation at the full rate
 
 
 def _field(default: Any, text: str, least: float | None = None, most: float = math.inf) -> Any:
@@ -75,12 +76,15 @@ class Recipe:
         None, "Height and width of images; left out 224, for digits and cifar10 32.", 1
     )
     mean: tuple[float, ...] = _field(IMAGENET_MEAN, "Of an image's pixels in 0 to 1.")
-    std: tuple[float, ...] = _field(IMAGENET_STD, "Their standard deviation.")
+    std: tuple[float, ...] = _field(IMAGENET_STD, "Their standard deviation.", 1e-6)
     validation: float = _field(
         0.1, "Share held out, drawn at random, where the data has no part for it.", 0, 0.9
     )
     seed: int = _field(
-        0, "Of a named network's first weights, the data's order and changes, and dropout.", 0
+        0,
+        "Of a named network's first weights, the data's order and changes, and dropout.",
+        0,
+        2**32 - 1,
     )
     precision: str = _field("32-true", "As Lightning names it, as in bf16-mixed.")
     compile: bool = _field(False, "Compile the network with torch.compile.")
@@ -91,7 +95,9 @@ class Recipe:
     checkpoint_every: int = _machine(
         1000, "Optimiser steps between checkpoints; there is one after each epoch too.", 1
     )
-    tensorboard: bool = _machine(False, "Write TensorBoard's events too.")
+    tensorboard: bool | None = _machine(
+        None, "Write TensorBoard's events too; left out where tensorboard is installed."
+    )
     accelerator: str = _machine("auto", "cpu, gpu, or another that Lightning knows.")
     devices: str = _machine("auto", "Devices per machine: a number, or a list as in 0,2.")
     num_nodes: int = _machine(1, "Machines.", 1)
@@ -108,13 +114,13 @@ class Recipe:
             least, most = field.metadata["least"], field.metadata["most"]
             if value is None or least is None:
                 continue
-            if not least <= value <= most:
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(least <= each <= most for each in values):
                 span = f"at least {least}" if most == math.inf else f"{least} to {most}"
                 raise ValueError(f"`{field.name}` (={value!r}) must be {span}")
 
-    @property
-    def peak_lr(self) -> float:
-        """The largest learning rate."""
+    def peak_lr(self, steps: int) -> float:
+        """The largest learning rate of a training of so many optimiser steps."""
         return _RATES[self.optimizer] if self.lr is None else self.lr
 
     @property
@@ -150,7 +156,9 @@ class Distillation(Recipe):
         16, "Inputs per optimiser step, over all processes and accumulated passes.", 1
     )
     optimizer: Optimizer = _field("adamw", "SGD with Nesterov momentum, or AdamW.")
-    lr: float | None = _field(5e-4, "Peak learning rate; None as in `train`.", 0)
+    lr: float | None = _field(
+        None, "Peak learning rate; left out as in `train`, and less in less than 300 steps.", 0
+    )
     weight_decay: float | None = _field(
         0.0,
         "Not on norms, biases and depthwise filters; by optimiser as in `train` if left out.",
@@ -174,6 +182,15 @@ class Distillation(Recipe):
         "frozen", "Whether batch norm goes on learning its statistics, or keeps them."
     )
     labels: bool = _field(False, "Learn from labels too, half and half.")
+
+    def peak_lr(self, steps: int) -> float:
+        """The largest learning rate of a training of so many optimiser steps.
+
+        A student begins close to its teacher: the fewer the steps, the less it is moved, or what
+        the first ones undo the last ones do not mend.
+        """
+        share = 1.0 if self.lr is not None else min(1.0, steps / _STEPS)
+        return share * super().peak_lr(steps)
 
 
 class Described(NamedTuple):

@@ -140,13 +140,20 @@ def csv_logger(folder: Path, steps: int) -> CSVLogger:
     return logger
 
 
-def tensorboard_logger(folder: Path) -> Logger:
+def tensorboard_logger(folder: Path, wanted: bool | None) -> Logger | None:
     """A logger of TensorBoard's events.
 
+    Args:
+        folder: of the run.
+        wanted: whether to have one; None where TensorBoard is installed.
+
     Raises:
-        ImportError: TensorBoard is not installed.
+        ImportError: it is wanted, and TensorBoard is not installed.
     """
-    if find_spec("tensorboard") is None:
+    installed = find_spec("tensorboard") is not None
+    if wanted is False or (wanted is None and not installed):
+        return None
+    if not installed:
         raise ImportError(
             "tensorboard is not installed: pip install tensorboard", name="tensorboard"
         )

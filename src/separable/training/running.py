@@ -174,8 +174,8 @@ def _trainer(
         callbacks.append(LearningRateMonitor(logging_interval="step"))
         done = 0 if checkpoint is None else steps_of(checkpoint)
         loggers.append(csv_logger(place.folder, done))
-        if recipe.tensorboard:
-            loggers.append(tensorboard_logger(place.folder))
+        if (events := tensorboard_logger(place.folder, recipe.tensorboard)) is not None:
+            loggers.append(events)
     devices, nodes = _devices(recipe)
     return Trainer(
         accelerator=recipe.accelerator,
