@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from .conversion import Report, load, merge, save
 from .conversion.sites import frozen_copy
+from .progress import progress as progress_bar
 from .runtime.checking import TOLERANCE, deviation
 from .runtime.onnx_graph import onnx_program
 from .writing import whole_files
@@ -101,7 +101,8 @@ def export(
 
     Raises:
         TypeError: `example` is not made of tensors.
-        ValueError: the format is unknown, an option is not for it, or the model can't be exported.
+        ValueError: the format is unknown, an option is not for it, or the model fails on the
+            example, returns NaN, or can't be exported.
         RuntimeError: the outputs differ; nothing is kept.
         ImportError: a package of the extra `onnx` is missing.
         OSError: the file cannot be written.
@@ -112,15 +113,15 @@ def export(
     if not args or not all(isinstance(each, Tensor) and each.dim() for each in args):
         raise TypeError("`example` must be a tensor with a batch axis, or a tuple of such tensors")
     original = frozen_copy(model)
+    _check_runs(original, args)
     write, run_again = _WAYS[chosen]
     with (
         whole_files([target]) as files,
-        tqdm(total=2, leave=False, disable=None if progress else True) as bar,
+        progress_bar(f"exporting as {chosen}", 2, "step", shown=progress) as bar,
     ):
-        bar.set_description(f"exporting as {chosen}")
         found = write(original, files[target], args, dynamic_batch, opset)
         bar.update()
-        bar.set_description("checking")
+        bar.set_description("checking", refresh=False)
         run = run_again(original, files[target])
         dynamic = dynamic_batch or chosen == "safetensors"
         batches = list(_batches(args, inputs, dynamic))
@@ -175,6 +176,20 @@ def _batches(
     for batch in inputs:
         parts = [batch] if dynamic else batch.split(size)
         yield from ((part,) for part in parts if dynamic or len(part) == size)
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Refuse, before the work, a model that has nothing to compare a file with."""
+    try:
+        outputs = _leaves(model(*args))
+    except Exception as error:
+        raise ValueError(f"`model` does not take `example` ({_line(error)})") from error
+    if any(each.is_floating_point() and each.isnan().any() for each in outputs):
+        raise ValueError(
+            "`model` returns NaN for `example`, so no file can be checked against it; look at its "
+            "weights"
+        )
 
 
 @torch.no_grad()

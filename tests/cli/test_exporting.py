@@ -67,7 +67,7 @@ def test_a_converted_network(place):
         (["--out=net.onnx", "--converted=missing"], "(='missing') is no file"),
         (["--out=net.onnx", "--weights=missing"], "--weights: there is no file"),
         (["--out=net.onnx", "--check=missing"], "--check: there is no folder"),
-        (["--out=net.onnx", "--input-size=1x5x32x32"], "can't be exported as onnx"),
+        (["--out=net.onnx", "--input-size=1x5x32x32"], "`model` does not take `example`"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(place, arguments, words):

@@ -121,7 +121,8 @@ def test_files(told):
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "separable demo --epochs 1 --seed 3" in page
-    assert "trained separable" in page
+    for name in ("trained separable", *(f"{each}, fitted once" for each in story_module.FURTHER)):
+        assert name in page
     figures = json.loads((out / "demo.json").read_text())
     assert figures == json.loads(story.to_string("json"))
     assert figures["contenders"][2]["params"] == 215_498

@@ -6,6 +6,8 @@ import click
 from click.shell_completion import get_completion_class
 
 SHELLS = ("bash", "zsh", "fish")
+VARIABLE = "_SEPARABLE_COMPLETE"
+"""of the environment, by which a script asks for words"""
 
 
 @click.command()
@@ -21,5 +23,5 @@ def completion(shell: str) -> None:
     root = click.get_current_context().find_root()
     kind = get_completion_class(shell)
     assert kind is not None
-    script = kind(root.command, {}, "separable", "_SEPARABLE_COMPLETE")
+    script = kind(root.command, {}, "separable", VARIABLE)
     click.echo(script.source())

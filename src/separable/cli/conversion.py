@@ -10,9 +10,10 @@ import click
 
 from .options import (
     MODEL_HELP,
+    SEED,
+    check_writable,
     input_size,
     load,
-    output_folder_exists,
     output_format,
     photos,
     table_or_json,
@@ -46,7 +47,7 @@ FORMS = (
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every draw.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
 @output_format
 def convert(
     model: str,
@@ -70,11 +71,12 @@ def convert(
         --calibration photos --budget macs=0.25 --out slim.safetensors
     """
     table_or_json(style)
-    output_folder_exists(out)
+    check_writable(out)
     import torch
 
     from .. import conversion, cost
     from ..images import read_images
+    from ..progress import progress
 
     cost.keep_freed_memory()
     network = load(model, weights)
@@ -82,15 +84,17 @@ def convert(
     if calibration is not None:
         inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     options = {"forms": forms} if forms else {}
-    converted = conversion.convert(
-        network,
-        inputs,
-        budget,
-        skip=skip,
-        seed=seed,
-        example=torch.zeros(1, *input_size[1:]),
-        **options,  # type: ignore[arg-type]
-    )
+    with progress(f"converting at {budget}") as bar:
+        converted = conversion.convert(
+            network,
+            inputs,
+            budget,
+            skip=skip,
+            seed=seed,
+            example=torch.zeros(1, *input_size[1:]),
+            progress=not bar.disable,
+            **options,  # type: ignore[arg-type]
+        )
     conversion.save(converted, out)
     report = converted.report
     assert isinstance(report, conversion.Report)

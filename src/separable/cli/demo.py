@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import output_format
+from .options import SEED, output_format
 
 
 @click.command()
@@ -22,9 +22,9 @@ from .options import output_format
 @click.option(
     "--epochs", type=click.IntRange(1), default=10, show_default=True, help="Of each training."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every draw.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
 def demo(style: Any, out: Path, epochs: int, seed: int) -> str:
-    """Train both forms on real data, convert one into the other, and compare, in three minutes.
+    """Train both forms on real data, convert one into the other, and compare, in four minutes.
 
     On the handwritten digits bundled with scikit-learn: the same small MobileNetV1 with regular
     convolutions, converted from them without labels, and trained with separable ones.

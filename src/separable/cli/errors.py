@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import traceback
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+from .completion import VARIABLE
 
 _PACKAGE = Path(__file__).parents[1]
 FAILED = 2
@@ -44,6 +47,8 @@ class Group(click.Group):
         **extra: Any,
     ) -> Any:
         """Run the command line; exits with 0, 2 after an error, or 130 after Ctrl-C."""
+        if VARIABLE in os.environ:  # a shell asks; click answers and leaves
+            return super().main(args, prog_name, VARIABLE)
         try:
             # without its standalone mode click raises, and returns the exit code of `--help`
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
@@ -51,17 +56,17 @@ class Group(click.Group):
             sys.exit(INTERRUPTED)
         except click.ClickException as error:
             _fail(error.format_message())
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # code of the user's may leave, too
             _fail(describe(error))
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(FAILED)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Say in one line what went wrong, and where if it was in somebody else's code.
 
     An error that this package raises names the argument and the remedy, so its message is enough.

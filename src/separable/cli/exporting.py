@@ -10,10 +10,10 @@ import click
 
 from .options import (
     MODEL_HELP,
+    check_writable,
     input_size,
     json_flag,
     load,
-    output_folder_exists,
     photos,
     weights,
 )
@@ -70,7 +70,7 @@ def export(
     separable export torchvision:resnet18 --converted slim.safetensors \\
         --format torch-export --out slim.pt2
     """
-    output_folder_exists(out)
+    check_writable(out)
     import torch
 
     from .. import conversion, exporting

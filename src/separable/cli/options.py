@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 Function = Callable[..., Any]
+
+MOST_THREADS = 1024  # far more than pays anywhere; torch crashes where the system refuses them
+SEED = click.IntRange(0, 2**32 - 1)  # what torch and numpy both take
 
 IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
 FORMATS = ("table", "json", "csv", "markdown", "html")
@@ -38,9 +43,20 @@ def size(text: str) -> tuple[int, ...]:
 def numbers(text: str) -> tuple[float, ...]:
     """Read one number, or one per channel: 0.485,0.456,0.406."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise click.BadParameter(f"{text!r} must be numbers with commas between them") from None
+    if not all(map(math.isfinite, found)):
+        raise click.BadParameter(f"{text!r} must be finite numbers")
+    return found
+
+
+def positive(text: str) -> tuple[float, ...]:
+    """The same, of what may be divided by."""
+    found = numbers(text)
+    if min(found) <= 0:
+        raise click.BadParameter(f"{text!r} must be greater than 0")
+    return found
 
 
 def padding(text: str) -> str | tuple[int, ...]:
@@ -72,7 +88,7 @@ def threads(function: Function) -> Function:
     """Add `--threads`."""
     return click.option(
         "--threads",
-        type=click.IntRange(1),
+        type=click.IntRange(1, MOST_THREADS),
         help="Threads that an operator may use; torch's own number if left out.",
     )(function)
 
@@ -107,7 +123,7 @@ def photos(flag: str, help: str) -> Callable[[Function], Function]:
         ),
         click.option(
             "--std",
-            type=numbers,
+            type=positive,
             default=IMAGENET[1],
             show_default=True,
             help="What to divide them by.",
@@ -116,10 +132,18 @@ def photos(flag: str, help: str) -> Callable[[Function], Function]:
     return lambda function: functools.reduce(lambda f, option: option(f), options[::-1], function)
 
 
-def output_folder_exists(out: Path) -> None:
-    """Refuse, before the work, a file whose folder is not there."""
-    if not out.absolute().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {str(out.absolute().parent)!r}")
+def check_writable(out: Path) -> None:
+    """Refuse, before the work, a file whose folder is not there or takes none."""
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise click.UsageError(f"--out: there is no folder {str(folder)!r}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise click.UsageError(
+            f"--out: no file can be written in {str(folder)!r}: {error.strerror}"
+        ) from None
 
 
 def json_flag(function: Function) -> Function:
@@ -167,8 +191,10 @@ def table_or_json(style: str) -> None:
 def load(name: str, weights: Path | None = None) -> nn.Module:
     """Build the network that MODEL names, in eval mode, with weights of a safetensors file."""
     from ..models import create_model
+    from ..progress import progress
 
-    network = create_model(name).eval()
+    with progress("building the network"):
+        network = create_model(name).eval()
     if weights is not None:
         _load_weights(network, weights)
     return network

@@ -9,11 +9,12 @@ import click
 
 from .options import (
     MODEL_HELP,
+    SEED,
+    check_writable,
     input_size,
     json_flag,
     load,
     numbers,
-    output_folder_exists,
     photos,
     threads,
     weights,
@@ -58,7 +59,7 @@ FORMATS = ("html", "json", "csv", "png", "svg")
     show_default=True,
     help="Measurements of each network and layer.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the conversions.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the conversions.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -105,7 +106,7 @@ def report(
         raise click.UsageError("--convert and --converted exclude each other; give one of them")
     if frontier and budget is None and converted is None:
         raise click.UsageError("--frontier belongs to a conversion: give --convert too")
-    output_folder_exists(out)
+    check_writable(out)
     from .. import conversion, cost, reporting
     from ..images import read_images, read_labelled
     from ..reporting.writing import check

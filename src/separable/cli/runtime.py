@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format, table_or_json, threads
+from .options import (
+    MODEL_HELP,
+    MOST_THREADS,
+    input_size,
+    load,
+    output_format,
+    table_or_json,
+    threads,
+)
 
 RUNTIMES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
 
@@ -19,8 +27,10 @@ def _names(text: str) -> tuple[str, ...]:
 def _thread_counts(text: str) -> tuple[int, ...]:
     """Read 1 or 1,2."""
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{text!r} must be whole numbers of at least 1, as in 1,2")
+    if not all(part.isdecimal() and 1 <= int(part) <= MOST_THREADS for part in parts):
+        raise click.BadParameter(
+            f"{text!r} must be whole numbers of at least 1 and at most {MOST_THREADS}, as in 1,2"
+        )
     return tuple(map(int, parts))
 
 

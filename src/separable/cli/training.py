@@ -94,13 +94,13 @@ def train(
 ) -> str:
     """Train a network on labelled images.
 
-    \b
-    separable train --model separable:mobilenet_v1 --data photos --epochs 90
-    separable train --model separable:mobilenet_v1,stem_stride=1 --data digits --epochs 10
-
     A folder holds a folder of images per class, or two of that kind named train and val. The
     run's folder gets the best and last weights, checkpoints, metrics.csv, curves.png, config.yaml
     and environment.json.
+
+    \b
+    separable train --model separable:mobilenet_v1 --data photos --epochs 90
+    separable train --model separable:mobilenet_v1,stem_stride=1 --data digits --epochs 10
     """
     table_or_json(style)
     from .. import training
@@ -147,12 +147,12 @@ def finetune(
 ) -> str:
     """Recover a converted network from its original, on images without labels.
 
+    The student learns to return what its teacher does. Its new weights are last.safetensors in
+    the run's folder, which `separable.load` reads.
+
     \b
     separable finetune --student slim.safetensors --teacher torchvision:resnet18 \\
         --weights in.safetensors --data photos --epochs 1
-
-    The student learns to return what its teacher does. Its new weights are last.safetensors in
-    the run's folder, which `separable.load` reads.
     """
     table_or_json(style)
     from .. import conversion, training

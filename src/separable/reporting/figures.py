@@ -320,6 +320,10 @@ def _frontiers(findings: Findings) -> Iterator[Figure]:
     known = [point for point in findings.frontier if quality(point) is not None]
     if len(known) < 2:
         return
+    once = any(point.kind == "fitted once" and not point.chosen for point in known)
+    apart = [
+        p for p in known if p.kind == "beside" or (once and p.chosen and p.kind == "converted")
+    ]
 
     def draw(title: str, costs: dict[str, Callable[[Point], float | None]]) -> Any:
         plot = _plot(title, label, 400)
@@ -329,6 +333,17 @@ def _frontiers(findings: Findings) -> Iterator[Figure]:
             )
             points = [point for _, point in places]
             colour = ENGINES.get(engine, NEUTRAL)
+            joined = [(x, quality(point)) for x, point in places if point not in apart]
+            plot.add_trace(
+                go.Scatter(
+                    x=[x for x, _ in joined],
+                    y=[y for _, y in joined],
+                    mode="lines",
+                    line={"color": colour, "width": 1, "dash": "dot"},
+                    hoverinfo="skip",
+                    showlegend=False,
+                )
+            )
             trace = _dots(
                 engine,
                 colour,
@@ -338,7 +353,6 @@ def _frontiers(findings: Findings) -> Iterator[Figure]:
                 symbol=[_symbol(engine, point) for point in points],
                 size=[15 if point.chosen else 9 for point in points],
             )
-            trace.mode, trace.line = "lines+markers", {"color": colour, "width": 1, "dash": "dot"}
             trace.cliponaxis = False
             plot.add_trace(trace)
             for x, point in places:
@@ -352,14 +366,18 @@ def _frontiers(findings: Findings) -> Iterator[Figure]:
         plot.update_layout(showlegend=len(costs) > 1)
         return plot
 
-    note = (
-        "Each point is a whole network: the regular one, the converted one (marked), and those of "
-        "the other budgets."
-    )
+    note = "Each point is a whole network; the line joins the regular one and its conversions"
+    if once:
+        note += ", whose layers were fitted once"
+    if any(point.chosen for point in apart):
+        note += (
+            ". The chosen one has gone through the last pass over all layers together, which may "
+            "improve the others too"
+        )
     yield Figure(
         "frontier-macs",
         f"{kind} against multiply-adds",
-        note,
+        f"{note}.",
         draw("million MACs of a pass", {"": lambda p: p.macs / 1e6}),
     )
     yield Figure(

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..conversion import Plan
 from ..cost import Account, LayerTime, Measurement
 from ..runtime.explaining import Explanation
 from .layers import Layer, join
 from .summary import Headline, answer, headlines
+
+Kind = Literal["regular", "converted", "fitted once", "beside"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Point:
         error: distance of its outputs from the regular network's, as in `Findings`; None unknown.
         accuracy: share of the labelled inputs put into their class; None without labels.
         chosen: whether it is the converted network of the report.
+        kind: what it is: "regular", "converted", "fitted once" where it was converted without the
+            last pass over all layers, or "beside" where it is another network.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Point:
     error: float | None
     accuracy: float | None
     chosen: bool
+    kind: Kind
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..conversion import Report as Conversion
-from ..conversion import convert
+from ..conversion.converting import frontier as converted_within
 from ..conversion.plans import Budget, NothingToConvert
 from ..conversion.sites import Inputs, divergence, frozen_copy, is_logits, tensors
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
+from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
 from ..runtime import machine as machines
 from ..runtime.checking import TOLERANCE, deviation
 from ..runtime.explaining import Explanation
 from ..runtime.roofline import Peak
-from .findings import Findings, Machine, Network, Point
+from .findings import Findings, Kind, Machine, Network, Point
 from .wording import size
 
 KL = "mean KL divergence, nats"
@@ -65,8 +65,9 @@ def report(
             alone.
         calibration: inputs of the conversion, as for `separable.convert`.
         converted: instead of `budget`, the converted network.
-        frontier: further budgets, such as `["macs=0.5", "macs=0.1"]`, each a conversion of its
-            own, for the plots of error against cost.
+        frontier: further budgets, such as `["macs=0.5", "macs=0.1"]`, for the plots of error
+            against cost. They share the survey of the layers, and are fitted once, without the
+            last pass over all layers, unless they are budgets of the error.
         beside: further networks for these plots, by name.
         data: batches of inputs and labels, for accuracies.
         threads: that a pass may use; None leaves torch's number. Layers are measured on one.
@@ -89,35 +90,36 @@ def report(
         raise ValueError("`budget` and `converted` exclude each other; give one of them")
     if (frontier or beside) and budget is None and converted is None:
         raise ValueError("`frontier` and `beside` belong to a conversion: give `budget` too")
-    for each in filter(None, [budget, *frontier]):
+    budgets = [each for each in (budget, *frontier) if each is not None]
+    for each in budgets:
         Budget.parse(each)  # before the first of them is converted
     original = frozen_copy(model)
     given = make_inputs(original, input_size, inputs=inputs).args
     title = type(model).__name__ if title is None else title
-    steps = 5 + len(frontier) + (budget is not None)
+    steps = 5 + bool(budgets)
     with (
         torch.random.fork_rng(devices=[]),
-        tqdm(total=steps, leave=False, disable=None if progress else True) as bar,
+        progress_bar("counting", steps, "step", shown=progress) as bar,
     ):
-        contenders = [_Contender("regular", original, given)]
+        contenders = [_Contender("regular", original, given, "regular")]
         if converted is not None:
             own = getattr(converted, "report", None)
             name = own.plan.budget if isinstance(own, Conversion) else "converted"
-            contenders.append(_Contender(name, frozen_copy(converted), given))
+            contenders.append(_Contender(name, frozen_copy(converted), given, "converted"))
         obstacle = ""
         try:
-            for each in filter(None, [budget, *frontier]):
-                _next(bar, f"converting at {each}")
-                example = given[0][:1] if isinstance(given[0], Tensor) else None
-                slim = convert(
+            if budgets:
+                _next(bar, f"converting at {', '.join(budgets)}")
+                found = converted_within(
                     original,
                     calibration,
-                    each,
+                    budget,
+                    frontier,
                     seed=seed,
-                    example=example,
+                    example=given[0][:1] if isinstance(given[0], Tensor) else None,
                     progress=not bar.disable,
                 )
-                contenders.append(_Contender(each, slim, given))
+                contenders += [_Contender(name, slim, given) for name, slim in found.items()]
         except NothingToConvert as error:
             obstacle = error.why
         is_converted = len(contenders) > 1
@@ -162,11 +164,15 @@ class _Contender:
     correct: int = 0
     tested: int = 0
 
-    def __init__(self, name: str, network: nn.Module, given: tuple[Any, ...]) -> None:
-        self.name, self.network = name, network
+    def __init__(
+        self, name: str, network: nn.Module, given: tuple[Any, ...], kind: Kind = "beside"
+    ) -> None:
+        self.name, self.network, self.kind = name, network, kind
         self.account = count(network, inputs=given)
         conversion = getattr(network, "report", None)
         self.conversion = conversion if isinstance(conversion, Conversion) else None
+        if self.conversion is not None:
+            self.kind = "converted" if self.conversion.refined else "fitted once"
         with torch.no_grad():
             self.output = network(*given)
         self.has_logits = is_logits(self.output)
@@ -212,10 +218,11 @@ class _Contender:
             error=self.error,
             accuracy=self.accuracy,
             chosen=chosen,
+            kind=self.kind,
         )
 
 
-def _next(bar: tqdm, what: str) -> None:
+def _next(bar: Any, what: str) -> None:
     """Show which step begins."""
     bar.set_description(what, refresh=False)
     bar.update()
@@ -227,7 +234,7 @@ def _measure(
     threads: int | None,
     repeats: int,
     min_seconds: float,
-    bar: tqdm,
+    bar: Any,
 ) -> None:
     """Time all networks, in PyTorch and in the runtime, in turn."""
     threads = torch.get_num_threads() if threads is None else threads
@@ -248,7 +255,7 @@ def _measure(
 
 
 def _measure_layers(
-    contenders: list[_Contender], given: tuple[Any, ...], repeats: int, bar: tqdm
+    contenders: list[_Contender], given: tuple[Any, ...], repeats: int, bar: Any
 ) -> Machine | None:
     """Time each module in PyTorch and each kernel of the runtime, and this machine's limits."""
     _next(bar, "measuring layers")
