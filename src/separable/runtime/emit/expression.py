@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 
 from .builder import I32, Builder, Value
 
 Expression = Any
 
-# exp(r) = 1 + r + r² P(r) for |r| <= ln(2) / 2, relative error 3e-9
-_EXP = (0.49999994, 0.1666652, 0.041668393, 0.008368781, 0.0013814461)
+# exp(r) = 1 + r P(r) for |r| <= ln(2) / 2, relative error 9e-8
+_EXP = (0.9999997, 0.4999915, 0.16667637, 0.041897975, 0.0082903067)
+_LN2 = 0.6931471805599453
+_LN2_SPLIT = (0.693359375, -2.12194440e-4)  # the first times a small integer is exact
 # tanh(x) = x + x³ P(x²) for |x| <= 0.625, relative error 4e-9
 _TANH = (-0.3333328, 0.13331442, -0.05373972, 0.020639097, -0.0057049962)
 # P[X < -a] = exp(-a² / 2) P(1 / (1 + 0.3 a)) for normal X and a >= 0, relative error 6e-8
@@ -65,8 +68,9 @@ def gelu(x: Expression, approximate: str = "none") -> Expression:
     """`x P[X < x]` for normal X, exact or by the tanh formula of Hendrycks and Gimpel (2016)."""
     if approximate == "none":
         return ("mul", x, ("normal_cdf", x))
-    inner = ("mul", ("mul", x, 0.7978845608), ("fma", ("mul", x, x), 0.044715, 1.0))
-    return ("mul", ("mul", x, 0.5), ("add", ("tanh", inner), 1.0))
+    # (1 + tanh(u)) / 2 = sigmoid(2 u), which is exact in the lower tail, too
+    inner = ("mul", ("mul", x, 1.5957691216), ("fma", ("mul", x, x), 0.044715, 1.0))
+    return ("mul", x, ("sigmoid", inner))
 
 
 ACTIVATIONS: dict[str, Callable[..., Expression]] = {
@@ -77,7 +81,7 @@ ACTIVATIONS: dict[str, Callable[..., Expression]] = {
     "hardsigmoid": hardsigmoid,
     "hardswish": lambda x: ("mul", x, hardsigmoid(x)),
     "sigmoid": lambda x: ("sigmoid", x),
-    "silu": lambda x: ("mul", x, ("sigmoid", x)),
+    "silu": lambda x: ("silu", x),
     "tanh": lambda x: ("tanh", x),
     "gelu": gelu,
 }
@@ -113,26 +117,39 @@ def _minimum(b: Builder, x: Value, y: Value) -> Value:
 
 
 def _exp(b: Builder, x: Value) -> Value:
+    fraction, power = _exp_parts(b, x)
+    return b.ir.fmul(fraction, power)
+
+
+def _exp_parts(b: Builder, x: Value, sign: float = 1.0) -> tuple[Value, Value]:
+    """exp(sign × x) as a number near 1 and a power of two."""
     # Results below the smallest normal number are 0, above 2.4e38 they are infinite.
-    x = _minimum(b, _maximum(b, x, _like(b, -88.0, x)), _like(b, 89.0, x))
-    # Adding 1.5 × 2^23 + 127 leaves the biased exponent of 2^n in the low bits, n = x / ln(2)
-    # rounded; NaN stays NaN through r.
+    bounds = sorted((sign * -88.0, sign * 89.0))
+    x = _minimum(b, _maximum(b, x, _like(b, bounds[0], x)), _like(b, bounds[1], x))
+    # Adding 1.5 × 2^23 + 127 leaves the biased exponent of 2^n in the low bits, n = sign × x / ln(2)
+    # rounded; NaN stays NaN through r = x - sign × n ln(2).
     magic = _like(b, 12583039.0, x)
-    rounded = b.fma(x, _like(b, 1.4426950408889634, x), magic)
+    rounded = b.fma(x, _like(b, sign / _LN2, x), magic)
     n = b.ir.fsub(rounded, magic)
-    r = b.fma(n, _like(b, -0.693359375, x), x)
-    r = b.fma(n, _like(b, 2.12194440e-4, x), r)
-    one = _like(b, 1.0, x)
-    series = b.fma(b.ir.fmul(r, r), _polynomial(b, r, _EXP), b.ir.fadd(r, one))
+    r = x
+    # One rounding at the end leaves next to nothing of the product's; else it must be exact.
+    for part in (_LN2,) if b.machine.fma else _LN2_SPLIT:
+        r = b.fma(n, _like(b, -sign * part, x), r)
+    terms = [c * sign ** (k + 1) for k, c in enumerate(_EXP)]
+    fraction = _polynomial(b, r, (1.0, *terms))
     integers = ir.VectorType(I32, x.type.count)
     shift = ir.Constant(integers, [23] * x.type.count)
     power = b.ir.shl(b.ir.bitcast(rounded, integers), shift)
-    return b.ir.fmul(series, b.ir.bitcast(power, x.type))
+    return fraction, b.ir.bitcast(power, x.type)
+
+
+def _over_one_plus_exp(b: Builder, numerator: Value, x: Value) -> Value:
+    """numerator / (1 + exp(-x))."""
+    return b.ir.fdiv(numerator, b.fma(*_exp_parts(b, x, -1.0), _like(b, 1.0, x)))
 
 
 def _sigmoid(b: Builder, x: Value) -> Value:
-    one = _like(b, 1.0, x)
-    return b.ir.fdiv(one, b.ir.fadd(one, _exp(b, b.ir.fsub(_like(b, -0.0, x), x))))
+    return _over_one_plus_exp(b, _like(b, 1.0, x), x)
 
 
 def _tanh(b: Builder, x: Value) -> Value:
@@ -142,8 +159,7 @@ def _tanh(b: Builder, x: Value) -> Value:
     magnitude = b.intrinsic("fabs", x)
     # Past 30 it is 1 in single precision.
     double = _minimum(b, b.ir.fadd(magnitude, magnitude), _like(b, 60.0, x))
-    grown = b.ir.fadd(_exp(b, double), one)
-    far = b.ir.fsub(one, b.quotient(_like(b, 2.0, x), grown))
+    far = b.ir.fsub(one, b.quotient(_like(b, 2.0, x), b.fma(*_exp_parts(b, double), one)))
     far = b.intrinsic("copysign", far, x)
     is_near = b.ir.fcmp_ordered("<", magnitude, _like(b, 0.625, x))
     return b.ir.select(is_near, near, far)
@@ -178,6 +194,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., Value], Callable[..., Any]]] = {
     "sqrt": (lambda b, x: b.intrinsic("sqrt", x), torch.sqrt),
     "exp": (_exp, torch.exp),
     "sigmoid": (_sigmoid, torch.sigmoid),
+    "silu": (lambda b, x: _over_one_plus_exp(b, x, x), F.silu),
     "tanh": (_tanh, torch.tanh),
     "normal_cdf": (_normal_cdf, _normal_cdf_torch),
 }
