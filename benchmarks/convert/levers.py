@@ -6,8 +6,8 @@ import copy
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import separable
-from separable.conversion import applying, fitting, refining, sites, varying
+from separable.conversion import applying, fitting, forms, refining, sites, varying
 from separable.conversion.sites import Inputs, divergence
 from separable.conversion.varying import blended
 
@@ -36,6 +36,105 @@ def _tempered(surprise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda output, generator: surprise(output / 4, generator)
 
 
+def activated(model: nn.Module, name: str) -> str:
+    """The last of the batch norm and activation that follow a layer in its sequence."""
+    parent, _, own = name.rpartition(".")
+    sequence = list(model.get_submodule(parent).named_children())
+    at = [key for key, _ in sequence].index(own)
+    while at + 1 < len(sequence) and isinstance(sequence[at + 1][1], AFTER):
+        at += 1
+    return f"{parent}.{sequence[at][0]}".removeprefix(".")
+
+
+def block(model: nn.Module, name: str) -> str:
+    """The residual block that a layer is part of; the activation behind it if there is none."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(outer := ".".join(parts[:end])), networks.Residual):
+            return outer
+    return activated(model, name)
+
+
+def _behind(place: Callable[[nn.Module, str], str]) -> Callable[..., Any]:
+    """Gather what lies behind the named layers, once, under the name of the first of them."""
+    watched = refining._watched
+
+    @contextmanager
+    def gathered(model: nn.Module, names: Iterable[str]) -> Iterator[list[tuple[str, Tensor]]]:
+        firsts: dict[str, str] = {}
+        for name in names:
+            firsts.setdefault(place(model, name), name)
+        seen: list[tuple[str, Tensor]] = []
+        with watched(model, firsts) as outputs:
+            yield seen
+            seen += [(firsts[name], output) for name, output in outputs]
+
+    return gathered
+
+
+def _limits(model: nn.Module, name: str) -> Tensor | None:
+    """Where each channel's activation begins, `[N]`, if a ReLU follows directly or a batch norm."""
+    last = model.get_submodule(activated(model, name))
+    if not isinstance(last, nn.ReLU):
+        return None
+    conv: Any = model.get_submodule(name)
+    norms = [m for m in _between(model, name) if not isinstance(m, nn.ReLU)]
+    limits = torch.zeros(conv.out_channels)
+    for norm in norms:
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        limits = norm.running_mean - norm.bias * (norm.running_var + norm.eps).sqrt() / norm.weight
+        limits = limits.where(norm.weight > 0, -float("inf"))  # a falling channel is left as it is
+    return limits
+
+
+def _between(model: nn.Module, name: str) -> list[nn.Module]:
+    parent, _, own = name.rpartition(".")
+    last = activated(model, name).rpartition(".")[2]
+    children = dict(model.get_submodule(parent).named_children())
+    keys = list(children)
+    return [children[key] for key in keys[keys.index(own) + 1 : keys.index(last) + 1]]
+
+
+def _knowing() -> list[Patch]:
+    """Fit, then fit again to outputs that are free where the activation cuts them off.
+
+    Where the original's output is below the threshold t of its ReLU, any value below t will do, so
+    the target becomes min(y', t) of the fit y' (Zhang et al. 2015, arXiv:1411.4229).
+    """
+    collect, fitted_module = applying.collect, applying.fitted_module
+    latest: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        latest[:] = arguments
+        return collect(*arguments)
+
+    def twice(conv: Any, row: Any, moments: Any, slopes: Any) -> Any:
+        form = fitted_module(conv, row, moments, slopes)
+        original, converted, site, inputs, seed = latest
+        limits = _limits(original, site.name)
+        if limits is None:
+            return form
+        for _ in range(ROUNDS):
+            shape = forms.Shape.of(conv)
+            found = sites.Moments.zeros(shape)
+            for batch in inputs:
+                wanted = sites._record(original, site, batch, inputs=False)
+                given = sites._record(converted, site, batch, inputs=True)
+                for u, y in zip(given, wanted, strict=True):
+                    t = limits.view(-1, *[1] * (y.dim() - 2))
+                    free = torch.minimum(form(u), t)
+                    y = torch.where(y < t, free, y)
+                    found.add(*sites.samples(conv, u, y, sites.POSITIONS, seed))
+            form = fitted_module(conv, row, found.reduced(), slopes)
+        return form
+
+    return [(applying, "collect", noted), (applying, "fitted_module", torch.no_grad()(twice))]
+
+
+AFTER = (nn.modules.batchnorm._BatchNorm, nn.ReLU)
+ROUNDS = 2
 FIT: dict[str, list[Patch]] = {
     "fitted once, as it is": [],
     "inputs from the original network": [(applying, "collect", _own_inputs)],
@@ -47,6 +146,7 @@ FIT: dict[str, list[Patch]] = {
     "fit without variations": [(varying, "ENOUGH", 1)],
 }
 """levers of the fit, without the last pass"""
+ACTIVATIONS = "targets that know the activation"
 AUGMENTED = "calibration inputs and as many blends"
 AGAIN = "a second sequential pass"
 LAST: dict[str, list[Patch]] = {
@@ -61,9 +161,11 @@ LAST: dict[str, list[Patch]] = {
     "rate 0.04": [(refining, "RATE", 0.04)],
     "100 steps": [(refining, "STEPS", 100)],
     "600 steps": [(refining, "STEPS", 600)],
+    "errors behind the activations": [(refining, "_watched", _behind(activated))],
+    "errors of residual blocks": [(refining, "_watched", _behind(block))],
 }
 """levers of the last pass, each from the network that was fitted as it is"""
-LEVERS = (*FIT, AUGMENTED, AGAIN, *LAST)
+LEVERS = (*FIT, ACTIVATIONS, AUGMENTED, AGAIN, *LAST)
 
 
 def _with(patches: list[Patch]) -> ExitStack:
@@ -104,6 +206,9 @@ def tried(
         if name in levers:
             with _with(patches):
                 yield name, fitted(given)[0] if patches else start
+    if ACTIVATIONS in levers:
+        with _with(_knowing()):
+            yield ACTIVATIONS, fitted(given)[0]
     if AUGMENTED in levers:
         generator = torch.Generator().manual_seed(0)
         blends = torch.cat(list(refining._draws(inputs, 1.0, generator, blended)))

@@ -41,7 +41,9 @@ def vgg(width: int = 16) -> nn.Module:
     )
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """Two 3×3 convolutions beside a shortcut, which has a 1×1 convolution where sizes change."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.main = nn.Sequential(*_unit(inputs, outputs, stride), *_unit(outputs, outputs)[:2])
@@ -51,6 +53,7 @@ class _Residual(nn.Module):
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map `[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
         return F.relu(self.main(input) + self.shortcut(input))
 
 
@@ -59,11 +62,11 @@ def resnet(width: int = 16) -> nn.Module:
     one, two, four = width, 2 * width, 4 * width
     return nn.Sequential(
         *_unit(1, one),
-        _Residual(one, two, 2),
-        _Residual(two, two, 1),
-        _Residual(two, four, 2),
-        _Residual(four, four, 1),
-        _Residual(four, four, 1),
+        Residual(one, two, 2),
+        Residual(two, two, 1),
+        Residual(two, four, 2),
+        Residual(four, four, 1),
+        Residual(four, four, 1),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(four, 10),

@@ -59,10 +59,10 @@ def promise() -> list[dict[str, Any]]:
         regular = nn.Conv2d(channels, channels, 3, padding=1).eval()
         pair = separable.nn.SeparableConv2d(channels, channels, 3, padding=1).eval()
         both = [separable.compile(model, x, threads=1) for model in (regular, pair)]
-        dense, cut = measure_interleaved(both, x, threads=1, repeats=30, min_seconds=0.5)
+        dense, cut = measure_interleaved(both, x, threads=1, repeats=60, min_seconds=3.0)
         macs = separable.count(regular, x.shape).macs / separable.count(pair, x.shape).macs
         speedup = dense.ratio_to(cut).median
-        peers = benchmark(regular, tuple(x.shape), against=("onnxruntime", "openvino"), turns=15)
+        peers = benchmark(regular, tuple(x.shape), against=("onnxruntime", "openvino"), turns=40)
         rows.append(
             {
                 "channels": channels,
@@ -108,7 +108,7 @@ def _spin(stop: Any) -> None:
         sum(range(10_000))
 
 
-def busy(seconds: float = 3.0) -> dict[str, dict[str, float]]:
+def busy(seconds: float = 0.6, turns: int = 8) -> dict[str, dict[str, float]]:
     """Slowdown of MobileNetV1 on all cores while another process keeps each of them busy."""
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -120,16 +120,15 @@ def busy(seconds: float = 3.0) -> dict[str, dict[str, float]]:
             runners[name] = _RUNTIMES[name](model, x, threads)
 
         def times() -> dict[str, float]:
-            found = {}
-            for name, run in runners.items():
+            taken: dict[str, list[float]] = {name: [] for name in runners}
+            for name, run in turns * list(runners.items()):
+                time.sleep(0.1)  # threads of the one before stop spinning
                 run()
-                taken, end = [], time.perf_counter() + seconds
-                while time.perf_counter() < end or len(taken) < 3:
-                    start = time.perf_counter()
+                end = time.perf_counter() + seconds
+                while (start := time.perf_counter()) < end:
                     run()
-                    taken.append(1e3 * (time.perf_counter() - start))
-                found[name] = statistics.median(taken)
-            return found
+                    taken[name].append(1e3 * (time.perf_counter() - start))
+            return {name: statistics.median(each) for name, each in taken.items()}
 
         alone = times()
         context = multiprocessing.get_context("spawn")

@@ -107,7 +107,7 @@ def test_files(tmp_path: Path, same_cpu: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_explain_names_all_layers() -> None:
     compiled = separable.compile(network(), torch.randn(1, 3, 20, 20), threads=1)
     row = compiled.explain(repeats=1).rows[1]
-    assert row.operation == "pointwise + window conv + pointwise"
+    assert row.operation == "pointwise + depthwise + pointwise"
     assert row.layer == "3.expand.0"
     assert {"3.expand.1", "3.expand.2", "3.depthwise.0", "3.project", "3"} <= set(row.fused)
     assert row.macs == 100 * (17 * 52 + 9 * 52 + 52 * 17)

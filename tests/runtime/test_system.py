@@ -77,7 +77,7 @@ def test_explain_and_assembly() -> None:
     model = nn.Sequential(network()[:5], nn.ConvTranspose2d(10, 4, 2)).eval()
     compiled = separable.compile(model, torch.randn(1, 3, 20, 20), fuse=False)
     explanation = compiled.explain(repeats=2)
-    assert [row.operation for row in explanation.rows[:3]] == ["3×3", "window conv", "pointwise"]
+    assert [row.operation for row in explanation.rows[:3]] == ["3×3", "depthwise", "pointwise"]
     assert explanation.rows[0].fused == ("0.1", "0.2")
     assert [row.layer for row in explanation.fallbacks] == ["1"]
     assert "torch: aten.conv_transpose2d" in str(explanation)

@@ -350,7 +350,7 @@ class Program:
                 "counters": counters.ctypes.data,
                 "slots": self.threads,
                 "active": 0,
-                "yield": address_of("sched_yield"),
+                "usleep": address_of("usleep"),
             }
             jobs.append(array("q", [fields[name] for name in driver.JOB]))
         return _Frame(arena, bases, jobs, counters, self._table)

@@ -14,6 +14,7 @@ from . import jit
 from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.kernel import Description, Kernel
+from .emit.window import Window
 from .execute import Program
 from .memory import Buffer
 from .roofline import Peak
@@ -88,12 +89,13 @@ class Explanation:
         table.align = "r"
         for name in ("layer", "fused", "kernel", "shape"):
             table.align[name] = "l"
+            table.max_width[name] = 36
         for row in self.rows:
             measured = row.seconds is not None
             table.add_row(
                 [
                     row.layer,
-                    " ".join(row.fused),
+                    _beside(row.layer, row.fused),
                     row.operation if measured else f"torch: {row.operation}",
                     row.shape,
                     row.tile,
@@ -204,7 +206,16 @@ def _operation(does: Description) -> str:
     if isinstance(does, Conv):
         return "pointwise" if does.kernel == (1, 1) else "×".join(map(str, does.kernel))
     kind = getattr(does, "kind", "")
+    if isinstance(does, Window):
+        return {"conv": "depthwise", "max": "max pool", "mean": "average pool"}[kind]
     return type(does).__name__.lower() + (f" {kind}" if kind else "")
+
+
+def _beside(layer: str, names: Sequence[str]) -> str:
+    """Names in short: without the part before the last dot where it is that of the layer."""
+    outer = layer.rpartition(".")[0] + "."
+    short = [name.removeprefix(outer) if name != outer[:-1] else "." for name in names]
+    return " ".join(short)
 
 
 def _cut(tile: ConvTile | ChainTile | None) -> str:

@@ -5,7 +5,7 @@ steps. A step's tasks are dealt out in equal shares, one per thread; who finishe
 tasks from the others, and nobody goes on before all tasks are done. A thread that the system does
 not run holds nothing up but the one task it has begun.
 
-    job:    steps, first, last, bases, counters, slots, active, yield
+    job:    steps, first, last, bases, counters, slots, active, usleep
     step:   kernel, tasks, arguments, (base, offset in bytes) per argument; a base of -n is that of
             the thread, number n + slot
     worker: mailbox, sleeping, slot, reader, writer, read, write, thread, allowed, avoided, getcpu,
@@ -23,7 +23,7 @@ from llvmlite import ir
 from ..machine import Machine
 from .builder import I32, I64, PTR, Value
 
-JOB = ("steps", "first", "last", "bases", "counters", "slots", "active", "yield")
+JOB = ("steps", "first", "last", "bases", "counters", "slots", "active", "usleep")
 WORKER = (
     *("mailbox", "sleeping", "slot", "reader", "writer", "read", "write"),
     *("thread", "allowed", "avoided", "getcpu", "setaffinity"),
@@ -34,6 +34,7 @@ STEP_WORDS = 3 + 2 * MOST_ARGUMENTS
 LINE_WORDS = 8
 STOP = 1  # in a mailbox: leave the loop
 _SPINS = 2000  # of a few ten cycles each: about 50 microseconds
+_NAP = 50  # microseconds
 _VOID = ir.VoidType()
 
 
@@ -155,7 +156,7 @@ class _Driver:
         self._deal(shares, done, tasks, slots, slot, run)
         b.branch(wait)
         b.position_at_end(wait)
-        self._wait(done, tasks, self.field(job, "yield"), following)
+        self._wait(done, tasks, self.field(job, "usleep"), following)
 
         b.position_at_end(following)
         number.add_incoming(b.add(number, I64(1)), b.block)
@@ -215,11 +216,15 @@ class _Driver:
         b.cbranch(b.icmp_signed("<", following, slots), victim, finished)
         b.position_at_end(finished)
 
-    def _wait(self, done: Value, tasks: Value, yield_: Value, leave: ir.Block) -> None:
-        """Until all tasks are done: spin shortly, then let other threads have the core."""
+    def _wait(self, done: Value, tasks: Value, usleep: Value, leave: ir.Block) -> None:
+        """Until all tasks are done: spin shortly, then let other threads have the core.
+
+        Asleep, for a scheduler owes a thread that sleeps the time it did not take, and runs it as
+        soon as it wakes. One that yields gives up its turn, time and again.
+        """
         b = self.b
         before = b.block
-        check, again, give_way = self.blocks("check", "again", "give_way")
+        check, again, nap = self.blocks("check", "again", "nap")
         b.branch(check)
         b.position_at_end(check)
         spins = b.phi(I64)
@@ -229,10 +234,10 @@ class _Driver:
         self.rest()
         more = b.add(spins, I64(1))
         spins.add_incoming(more, again)
-        b.cbranch(b.icmp_signed("<", more, I64(_SPINS)), check, give_way)
-        b.position_at_end(give_way)
-        self.call(yield_, I32, [])
-        spins.add_incoming(I64(_SPINS - 16), give_way)
+        b.cbranch(b.icmp_signed("<", more, I64(_SPINS)), check, nap)
+        b.position_at_end(nap)
+        self.call(usleep, I32, [I32(_NAP)])
+        spins.add_incoming(I64(_SPINS - 16), nap)
         b.branch(check)
 
     def _emit_post(self) -> None:
