@@ -126,8 +126,8 @@ def _exp_parts(b: Builder, x: Value, sign: float = 1.0) -> tuple[Value, Value]:
     # Results below the smallest normal number are 0, above 2.4e38 they are infinite.
     bounds = sorted((sign * -88.0, sign * 89.0))
     x = _minimum(b, _maximum(b, x, _like(b, bounds[0], x)), _like(b, bounds[1], x))
-    # Adding 1.5 × 2^23 + 127 leaves the biased exponent of 2^n in the low bits, n = sign × x / ln(2)
-    # rounded; NaN stays NaN through r = x - sign × n ln(2).
+    # Adding 1.5 × 2^23 + 127 leaves the biased exponent of 2^n in the low bits, n = sign × x / ln 2
+    # rounded; NaN stays NaN through r = x - sign × n ln 2.
     magic = _like(b, 12583039.0, x)
     rounded = b.fma(x, _like(b, sign / _LN2, x), magic)
     n = b.ir.fsub(rounded, magic)
