@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import separable
+from separable.cost import keep_freed_memory, measure_interleaved
 from separable.cost.measuring import device_name
 from separable.models import create_model
 
@@ -48,9 +49,14 @@ def settled(name: str, inputs: Tensor) -> nn.Module:
 @click.option("--images", "count", default=256, show_default=True, help="Calibration inputs.")
 @click.option("--size", default=224, show_default=True, help="Their height and width.")
 @click.option("--budget", default="macs=0.25", show_default=True)
+@click.option("--threads", default=2, show_default=True)
 @click.option("--out", type=Path, help="JSON file to add the rows to.")
-def main(names: tuple[str, ...], count: int, size: int, budget: str, out: Path | None) -> None:
-    """Convert networks with random weights, and print the time and the peak memory of each."""
+def main(
+    names: tuple[str, ...], count: int, size: int, budget: str, threads: int, out: Path | None
+) -> None:
+    """Convert networks with random weights; print what it took, and how much faster they are."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
     warnings.simplefilter("ignore")  # random weights, few inputs
     inputs = images(count, size)
     for name in names or ("resnet18",):
@@ -59,6 +65,8 @@ def main(names: tuple[str, ...], count: int, size: int, budget: str, out: Path |
         plan = separable.plan(model, inputs.split(BATCH), budget)
         planned = time.perf_counter()
         slim: Any = separable.apply(model, plan, inputs.split(BATCH))
+        done = time.perf_counter()
+        before, after = measure_interleaved([model, slim], inputs[:1], repeats=15)
         row = {
             "network": name,
             "images": count,
@@ -66,12 +74,14 @@ def main(names: tuple[str, ...], count: int, size: int, budget: str, out: Path |
             "budget": budget,
             "macs": plan.macs,
             "plan_seconds": planned - start,
-            "apply_seconds": time.perf_counter() - planned,
+            "apply_seconds": done - planned,
             "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "error": slim.report.error,
-            "seconds_before": plan.seconds_before,
-            "seconds_after": plan.seconds_after,
-            "threads": torch.get_num_threads(),
+            "promised_share": plan.seconds_after / plan.seconds_before
+            if plan.seconds_after and plan.seconds_before
+            else None,
+            "measured_share": after.median / before.median,
+            "threads": threads,
             "device": device_name(torch.device("cpu")),
             "torch": torch.__version__,
             "separable": separable.__version__,
@@ -79,8 +89,9 @@ def main(names: tuple[str, ...], count: int, size: int, budget: str, out: Path |
         }
         print(
             f"{name}, {count} inputs of {size}×{size}, {budget}: plan {row['plan_seconds']:.0f} s, "
-            f"apply {row['apply_seconds']:.0f} s, peak {row['peak_bytes'] / 1e9:.1f} GB, "
-            f"{torch.get_num_threads()} threads",
+            f"apply {row['apply_seconds']:.0f} s, peak {row['peak_bytes'] / 1e9:.1f} GB, {threads} "
+            f"threads; {row['measured_share']:.3f} of the time of one image in eager, promised: "
+            f"{row['promised_share'] or 'nothing'}",
             flush=True,
         )
         if out is not None:

@@ -32,6 +32,8 @@ from .sites import (
 )
 from .varying import Varied
 
+_SHARE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -144,7 +146,8 @@ def fitted(
         slopes = fisher(original, [sites[row.name] for row in changing], shown, plan.seed)
     # a layer's time grows with the part of both networks that runs before it
     ends = _ends(plan)
-    with tqdm(total=sum(ends[r.name] for r in changing), unit="", disable=not progress) as bar:
+    total = sum(ends[row.name] for row in changing)
+    with tqdm(total=total, bar_format=_SHARE, smoothing=0, disable=not progress) as bar:
         for row in changing:
             bar.set_description(f"fitting {row.name}", refresh=False)
             site = sites[row.name]
