@@ -56,18 +56,17 @@ def block(model: nn.Module, name: str) -> str:
 
 
 def _behind(place: Callable[[nn.Module, str], str]) -> Callable[..., Any]:
-    """Gather what lies behind the named layers, once, under the name of the first of them."""
+    """Gather what lies behind each of the named layers instead of its own output."""
     watched = refining._watched
 
     @contextmanager
     def gathered(model: nn.Module, names: Iterable[str]) -> Iterator[list[tuple[str, Tensor]]]:
-        firsts: dict[str, str] = {}
-        for name in names:
-            firsts.setdefault(place(model, name), name)
+        places = {name: place(model, name) for name in names}
         seen: list[tuple[str, Tensor]] = []
-        with watched(model, firsts) as outputs:
+        with watched(model, dict.fromkeys(places.values())) as outputs:
             yield seen
-            seen += [(firsts[name], output) for name, output in outputs]
+            found = dict(outputs)
+            seen += [(name, found[behind]) for name, behind in places.items()]
 
     return gathered
 

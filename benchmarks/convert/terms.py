@@ -73,7 +73,7 @@ def main(names: tuple[str, ...], dataset: str, counts: tuple[int, ...]) -> None:
                 for form, error in enumerate(errors):
                     sums[form, terms] += float(error) * goal.scale
         for terms in counts:
-            lines.append([name, str(terms), *(f"{sums[form, terms]:.4f}" for form in range(3))])
+            lines.append([name, str(terms), *(f"{sums[form, terms]:.3g}" for form in range(3))])
     heads = ["network", "filters per channel", "the same T", "T by channel", "pw-dw-pw, same MACs"]
     print(tables.grid(heads, lines))
 

@@ -172,9 +172,12 @@ def _step(
 def form_table(rows: list[dict[str, Any]]) -> PrettyTable:
     """Accuracy with its interval over all seeds' test images, parameters, MACs, time."""
     table = PrettyTable(
-        ["data", "form", "accuracy", "95 % interval", "parameters", "MACs", "epoch (s)"]
+        [
+            *("data", "epochs", "form", "accuracy", "95 % interval"),
+            *("parameters", "MACs", "epoch (s)"),
+        ]
     )
-    for dataset in dict.fromkeys(r["data"] for r in rows):
+    for dataset in sorted({r["data"] for r in rows}):
         for conv in FORMS:
             mine = [r for r in rows if (r["data"], r["form"]) == (dataset, conv)]
             correct, tested = (sum(r[key] for r in mine) for key in ("correct", "tested"))
@@ -182,7 +185,7 @@ def form_table(rows: list[dict[str, Any]]) -> PrettyTable:
             epoch = [r["seconds"] / r["epochs"] for r in mine]
             table.add_row(
                 [
-                    *(dataset, conv, f"{100 * correct / tested:.2f} %"),
+                    *(dataset, str(mine[0]["epochs"]), conv, f"{100 * correct / tested:.2f} %"),
                     f"{100 * low:.2f} to {100 * high:.2f}",
                     *(f"{mine[0]['params']:,}", f"{mine[0]['macs']:,}"),
                     mean_and_spread(epoch),
@@ -245,6 +248,13 @@ def record(part: str, value: Any) -> None:
     OUT.write_text(json.dumps({**results, part: {**versions(), **value}}, indent=1) + "\n")
 
 
+def _kept(part: str, again: set[tuple[Any, ...]], *keys: str) -> list[dict[str, Any]]:
+    """The recorded rows of a part, without those that are measured again."""
+    recorded = json.loads(OUT.read_text()) if OUT.exists() else {}
+    rows = recorded.get(part, {}).get("rows", [])
+    return [row for row in rows if tuple(row[key] for key in keys) not in again]
+
+
 def show(table: PrettyTable) -> None:
     """Print a table as it stands in the documentation."""
     table.set_style(TableStyle.MARKDOWN)
@@ -274,13 +284,8 @@ def distil(
 
     What was recorded of other networks, data, seeds and budgets stays.
     """
-    recorded = json.loads(OUT.read_text()) if OUT.exists() else {}
     again = set(itertools.product(names, datasets, seeds, folds))
-    rows = [
-        row
-        for row in recorded.get("distillation", {}).get("rows", [])
-        if (row["network"], row["data"], row["seed"], row["fold"]) not in again
-    ]
+    rows = _kept("distillation", again, "network", "data", "seed", "fold")
     for seed in seeds:
         for dataset in datasets:
             for name in names:
@@ -294,8 +299,11 @@ def distil(
 @click.option("--seed", "seeds", multiple=True, type=int, default=(1, 2, 3))
 @click.option("--epochs", default=10)
 def forms(datasets: tuple[str, ...], seeds: tuple[int, ...], epochs: int) -> None:
-    """MobileNetV1 in both forms, trained the same way."""
-    rows = []
+    """MobileNetV1 in both forms, trained the same way.
+
+    What was recorded of other data and seeds stays.
+    """
+    rows = _kept("forms", set(itertools.product(datasets, seeds)), "data", "seed")
     for seed in seeds:
         for dataset in datasets:
             rows += [trained_form(conv, dataset, seed, epochs) for conv in FORMS]

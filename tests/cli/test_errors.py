@@ -327,6 +327,7 @@ def _cases():
     yield f"bench nets.py:net {SIZE} --against=tvm", "`against`"
     yield f"bench nets.py:net {SIZE} --against=''", "`against`"
     yield f"bench nets.py:net {SIZE} --turns=0", "'--turns'"
+    yield f"bench nets.py:nan {SIZE}", "gives NaN or infinity on random inputs"
     yield f"bench nets.py:net {SIZE} --threads=1,0", "of at least 1"
     yield f"bench nets.py:net {SIZE} --format=csv", "use table or json"
     for rest, words in {
@@ -359,7 +360,8 @@ def _cases():
         "--validation=1": "`validation` (=1.0)",
         "--seed=-1": "`seed` (=-1)",
         f"--seed={10**30}": "seed",
-        "--precision=12": "12",
+        "--precision=12": "'12' is not one of",
+        "--sync-batchnorm --accelerator=cpu --batch-size=4": "`sync_batchnorm` (=True) needs GPUs",
         "--workers=-1": "`workers` (=-1)",
         "--checkpoint-every=0": "`checkpoint_every` (=0)",
         "--accelerator=abacus": "abacus",
@@ -421,7 +423,7 @@ CASES = list(dict(_cases()).items())
 
 
 def files(folder):
-    return {p for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"}
+    return {p for p in folder.rglob("*") if "__pycache__" not in p.parts}
 
 
 @pytest.mark.parametrize(("typed", "words"), CASES, ids=[typed for typed, _ in CASES])

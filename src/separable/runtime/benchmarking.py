@@ -135,7 +135,7 @@ def benchmark(
         isa: the instruction set of `separable`.
 
     Raises:
-        ValueError: if a runtime is unknown.
+        ValueError: if a runtime is unknown, or the network's outputs are not finite.
     """
     unknown = set(against) - set(_RUNTIMES)
     if unknown:
@@ -160,6 +160,11 @@ def _benchmark(
 ) -> Benchmark:
     x = torch.randn(input_size, generator=torch.Generator().manual_seed(0))
     expected = model(x)
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"`model` ({network or type(model).__name__}) gives NaN or infinity on random inputs, so "
+            "no runtime can be held to it; check its weights"
+        )
     compiled = compile_model(model, x, threads=threads, isa=isa)
     runners: dict[str, Runner] = {"separable": lambda: compiled(x)}
     notes: dict[str, str] = {}

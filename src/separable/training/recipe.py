@@ -18,6 +18,7 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "flip-shift", "flip-crop"]
 BatchNorm = Literal["train", "frozen"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
 
 _RATES = {"sgd": 0.1, "adamw": 1e-3}
 _DECAYS = {"sgd": 1e-4, "adamw": 0.05}
@@ -86,7 +87,7 @@ class Recipe:
         0,
         2**32 - 1,
     )
-    precision: str = _field("32-true", "As Lightning names it, as in bf16-mixed.")
+    precision: Precision = _field("32-true", "Of the arithmetic, mixed with 32 bit or throughout.")
     compile: bool = _field(False, "Compile the network with torch.compile.")
     channels_last: bool = _field(True, "Keep images in memory channels last.")
     workers: int | None = _machine(

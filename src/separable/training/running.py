@@ -121,7 +121,13 @@ def run(
         network.compile()
     waiting, begun = Waiting(), time.perf_counter()
     with _quiet(), _interruptible(), torch.random.fork_rng(devices=[]):
-        trainer = _trainer(learning, feeding, place, checkpoint, waiting, progress)
+        trainer = _trainer(learning, feeding, place, waiting, progress)
+        if recipe.sync_batchnorm and trainer.strategy.root_device.type == "cpu":
+            raise ValueError(
+                "`sync_batchnorm` (=True) needs GPUs, and this training runs on the CPU; leave it out"
+            )
+        if place is not None:  # from here on files are written
+            trainer.loggers = _loggers(place, checkpoint, recipe)
         if place is not None and trainer.is_global_zero:
             place.folder.mkdir(parents=True, exist_ok=True)
             write_config(place.folder, recipe, place.names)
@@ -151,7 +157,6 @@ def _trainer(
     learning: Learning,
     feeding: LightningDataModule,
     place: Place | None,
-    checkpoint: Path | None,
     waiting: Waiting,
     progress: bool,
 ) -> Trainer:
@@ -164,7 +169,6 @@ def _trainer(
                 f"(={recipe.strategy!r}) shards; use ema=0"
             )
         callbacks.append(averaging(recipe.ema))
-    loggers: list[Logger] = []
     steps_per_epoch = LOG_EVERY
     if isinstance(feeding, Feeding):
         steps_per_epoch = len(feeding.order())
@@ -172,17 +176,13 @@ def _trainer(
         monitor = learning.monitor if validates(feeding) else None
         callbacks += checkpoint_callbacks(place.folder, recipe.checkpoint_every, monitor)
         callbacks.append(LearningRateMonitor(logging_interval="step"))
-        done = 0 if checkpoint is None else steps_of(checkpoint)
-        loggers.append(csv_logger(place.folder, done))
-        if (events := tensorboard_logger(place.folder, recipe.tensorboard)) is not None:
-            loggers.append(events)
     devices, nodes = _devices(recipe)
     return Trainer(
         accelerator=recipe.accelerator,
         devices=devices,
         num_nodes=nodes,
         strategy=recipe.strategy,
-        precision=recipe.precision,  # type: ignore[arg-type]  # Lightning checks it
+        precision=recipe.precision,
         max_epochs=recipe.epochs,
         accumulate_grad_batches=recipe.accumulate,
         gradient_clip_val=recipe.clip or None,
@@ -192,13 +192,19 @@ def _trainer(
         limit_val_batches=1.0 if validates(feeding) else 0,
         log_every_n_steps=max(1, min(LOG_EVERY, steps_per_epoch)),
         callbacks=callbacks,
-        logger=loggers,
+        logger=False,
         enable_checkpointing=place is not None,
         enable_progress_bar=progress,
         enable_model_summary=False,
         profiler=waiting,
         plugins=[Checkpoints(learning.network)],
     )
+
+
+def _loggers(place: Place, checkpoint: Path | None, recipe: Recipe) -> list[Logger]:
+    done = 0 if checkpoint is None else steps_of(checkpoint)
+    events = tensorboard_logger(place.folder, recipe.tensorboard)
+    return [csv_logger(place.folder, done), *([] if events is None else [events])]
 
 
 def is_first_process() -> bool:
