@@ -22,7 +22,7 @@ from separable.conversion.sites import Inputs, divergence
 from separable.conversion.varying import blended
 
 from . import data, networks, tables
-from .run import calibrated, write
+from .run import calibrated, made, write
 
 RESULTS = Path("benchmarks/results/convert_levers.json")
 Patch = tuple[Any, str, Any]
@@ -278,6 +278,7 @@ def main(
                     "original": original,
                     "accuracy": networks.accuracy(result, inputs, labels),
                     "kl": divergence(result, model, inputs.split(256)),
+                    **made(),
                 }
             )
             write(out, rows)

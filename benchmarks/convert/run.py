@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import platform
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import separable
 from separable.conversion.applying import finished, fitted
 from separable.conversion.sites import Inputs, divergence
+from separable.cost.measuring import device_name
 
 from . import data, networks, rivals, tables
 
@@ -79,21 +79,26 @@ def measured(cell: tuple[Any, ...], have: set[str], methods: list[str]) -> Itera
             "original": original,
             "accuracy": networks.accuracy(result, inputs, labels),
             "kl": divergence(result, model, inputs.split(256)),
+            **made(),
         }
     print(f"{cell}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows and what they depend on as JSON, whole or not at all."""
-    found = {
-        "versions": {m.__name__: m.__version__ for m in (torch, tensorly, separable)},
+def made() -> dict[str, Any]:
+    """Where and when a row is measured."""
+    versions = {module.__name__: module.__version__ for module in (torch, tensorly, separable)}
+    return {
+        **versions,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "device": device_name(torch.device("cpu")),
         "date": datetime.date.today().isoformat(),
-        "rows": rows,
     }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON, whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     partial.replace(path)
 
 

@@ -177,15 +177,16 @@ def form_table(rows: list[dict[str, Any]]) -> PrettyTable:
             *("parameters", "MACs", "epoch (s)"),
         ]
     )
-    for dataset in sorted({r["data"] for r in rows}):
+    for dataset, epochs in sorted({(r["data"], r["epochs"]) for r in rows}):
         for conv in FORMS:
-            mine = [r for r in rows if (r["data"], r["form"]) == (dataset, conv)]
+            cell = (dataset, epochs, conv)
+            mine = [r for r in rows if (r["data"], r["epochs"], r["form"]) == cell]
             correct, tested = (sum(r[key] for r in mine) for key in ("correct", "tested"))
             low, high = wilson_interval(correct, tested)
             epoch = [r["seconds"] / r["epochs"] for r in mine]
             table.add_row(
                 [
-                    *(dataset, str(mine[0]["epochs"]), conv, f"{100 * correct / tested:.2f} %"),
+                    *(dataset, str(epochs), conv, f"{100 * correct / tested:.2f} %"),
                     f"{100 * low:.2f} to {100 * high:.2f}",
                     *(f"{mine[0]['params']:,}", f"{mine[0]['macs']:,}"),
                     mean_and_spread(epoch),
@@ -303,7 +304,8 @@ def forms(datasets: tuple[str, ...], seeds: tuple[int, ...], epochs: int) -> Non
 
     What was recorded of other data and seeds stays.
     """
-    rows = _kept("forms", set(itertools.product(datasets, seeds)), "data", "seed")
+    again = set(itertools.product(datasets, seeds, [epochs]))
+    rows = _kept("forms", again, "data", "seed", "epochs")
     for seed in seeds:
         for dataset in datasets:
             rows += [trained_form(conv, dataset, seed, epochs) for conv in FORMS]

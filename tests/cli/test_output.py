@@ -140,6 +140,17 @@ def test_no_color_is_respected_on_a_terminal(name, place):
     assert not COLOUR.search(shown)
 
 
+def test_a_closed_pipe_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from separable.cli import main; main()"
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1  # as click has it, for `separable --help | head -1`
+    assert "Error" not in done.stderr
+
+
 def examples(command):
     """The examples that a help ends with."""
     last = command.help.strip().split("\n\n")[-1].removeprefix("\b\n").replace("\\\n", " ")

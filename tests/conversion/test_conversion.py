@@ -13,6 +13,7 @@ from torch import nn
 import separable
 from separable.conversion import SeparatedConv, applying, converting, planning, refining
 from separable.conversion.applying import finished, fitted
+from separable.conversion.plans import NothingToConvert
 from separable.conversion.sites import Inputs, divergence
 
 FEW = "positions; more calibration"
@@ -139,6 +140,35 @@ def test_calibration_comes_in_many_shapes(model, inputs, slim, kind):
     assert found.report == slim.report
 
 
+def test_batches_of_one_are_joined(model, inputs, slim):
+    found = separable.convert(model, list(inputs.split(1)), "macs=0.4", progress=False)
+    assert found.report == slim.report
+
+
+def test_batches_of_one_stay_apart_where_sizes_differ_or_the_model_takes_one():
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 3, size, size, generator=generator) for size in (8, 8, 9, 8)]
+    assert [tuple(b.shape) for b in Inputs(given, nn.Identity())] == [
+        (2, 3, 8, 8), (1, 3, 9, 9), (1, 3, 8, 8),
+    ]  # fmt: skip
+    only = nn.Identity()
+    only.forward = lambda x: x.view(1, 3, 8, 8)
+    assert [len(batch) for batch in Inputs(given[:2], only)] == [1, 1]
+
+
+def test_a_convolution_that_takes_single_inputs_is_given_batches():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    images = torch.randn(40, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    single = separable.convert(model, list(images), "macs=0.6", progress=False)
+    assert single.report == separable.convert(model, images, "macs=0.6", progress=False).report
+
+
+@pytest.mark.parametrize("budget", ["macs=1", "error=1e-9"])
+def test_a_plan_may_change_nothing(model, inputs, budget):
+    found = separable.convert(model, inputs, budget, progress=False)
+    torch.testing.assert_close(found(inputs), model(inputs))
+
+
 def test_a_last_batch_of_another_size(model, inputs):
     given = [inputs[:32], inputs[32:33]]
     with warnings.catch_warnings():
@@ -231,6 +261,13 @@ def test_the_last_pass_never_raises_the_measured_error(model, inputs, monkeypatc
     kept, after = finished(once, report, model, given, progress=False)
     assert kept is once
     assert after == report
+
+
+def test_skipping_a_block_skips_its_layers(model, inputs):
+    outer = nn.ModuleDict({"block": model})
+    outer.forward = lambda x: outer["block"](x)
+    with pytest.raises(NothingToConvert):
+        separable.plan(outer.eval(), inputs, "macs=0.5", skip=["block"], progress=False)
 
 
 def test_skip_and_forms(model, inputs):

@@ -29,6 +29,13 @@ def test_few_inputs_become_enough_and_many_stay_as_they_are(count, macs, shown):
         assert len({float(batch.sum()) for batch in found}) == len(found)
 
 
+def test_indices_have_no_variations():
+    tokens = torch.zeros(8, 20, dtype=torch.long)
+    batches = Varied(Inputs(tokens, nn.Identity()), 1.0, seed=0)
+    assert batches.copies == 1
+    assert sum(map(len, batches)) == 8
+
+
 @pytest.mark.parametrize("size", [(5,), (3, 20), (2, 9, 16), (2, 4, 6, 8)])
 def test_variations_stay_near_the_inputs(size):
     generator = torch.Generator().manual_seed(0)

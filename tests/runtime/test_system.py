@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -153,6 +154,65 @@ def test_sleeping_workers_are_woken_on_another_cpu() -> None:
         "    assert os.sched_getaffinity(worker) == every - {cpu}\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_weights_that_change_all_the_time_hold_no_call_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), torch.randn(1, 3, 20, 20)
+    fast = separable.compile(model, x, threads=2)
+    monkeypatch.setattr(fast.program._watched, "changed", lambda: True)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    torch.testing.assert_close(fast(x), model(x).detach())
+
+
+def test_instances_of_a_class_may_run_at_once() -> None:
+    def instance(scale: float) -> nn.Module:
+        model = network()
+        with torch.no_grad():
+            model[0].weight.mul_(scale)
+        return model
+
+    torch.compiler.reset()
+    x = torch.randn(1, 3, 20, 20)
+    models = [instance(1.0), instance(-1.0)]
+    fast = [torch.compile(model, backend="separable") for model in models]
+    wrong: list[float] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            expected = models[number](x)
+            for _ in range(200):
+                wrong.append(float((fast[number](x) - expected).abs().max()))
+
+    with torch.no_grad():
+        for each in fast:
+            each(x)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 400
+    assert max(wrong) < 1e-4
+
+
+def test_a_call_that_finds_no_workers_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = network(), torch.randn(1, 3, 20, 20)
+    fast = separable.compile(model, x, threads=2)
+    fast(x)
+
+    def none(count: int) -> int:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.program._workers, "addresses", none)
+        for _ in range(3):
+            with pytest.raises(OSError, match="too many"):
+                fast(x)
+    assert all(frame.idle for frame in fast.program._frames)
+    torch.testing.assert_close(fast(x), model(x).detach())
 
 
 def test_idle_workers_sleep() -> None:

@@ -57,8 +57,15 @@ class Group(click.Group):
         except click.ClickException as error:
             _fail(error.format_message())
         except (Exception, SystemExit) as error:  # code of the user's may leave, too
+            if isinstance(error, SystemExit) and _is_of_click(error):  # answers `... | head`
+                raise
             _fail(describe(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_of_click(error: BaseException) -> bool:
+    raised = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised).parent == Path(click.__file__).parent
 
 
 def _fail(message: str) -> NoReturn:

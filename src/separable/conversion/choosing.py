@@ -113,7 +113,9 @@ def candidates(
 
 def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) -> str:
     """Why a layer stays dense, or nothing."""
-    if any(fnmatchcase(name, pattern) for name in site.names for pattern in skip):
+    parts = [name.split(".") for name in site.names]
+    around = {".".join(each[: i + 1]) for each in parts for i in range(len(each))}
+    if any(fnmatchcase(name, pattern) for name in around for pattern in skip):
         return "skipped by name"
     if site.shape is None:
         return "transposed"

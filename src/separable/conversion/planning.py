@@ -56,7 +56,8 @@ def plan(
             "latency=0.4", at most that share of the network's time; "error=0.01", the least
             multiply-adds at that mean KL divergence of the logits, or relative squared error of
             other outputs, on the calibration inputs.
-        skip: names of layers to keep dense, or shell patterns of names.
+        skip: layers to keep dense: names of them or of modules that hold them, or shell patterns
+            of names.
         forms: the forms to choose from.
         seed: of every draw.
         compile: for "latency", turns a model and an example input into what is timed; None

@@ -109,7 +109,8 @@ def refined(
     for parameter, flag in zip(result.parameters(), flags, strict=True):
         parameter.grad = None
         parameter.requires_grad_(flag)
-    fresh = list(_draws(kept, 1.0, generator, mix))
+    drawn_anew = _draws(kept, 1.0, generator, mix)
+    fresh = [part for batch in drawn_anew for part in batch.split(SAMPLES)]
     better = divergence(result, original, fresh) < divergence(converted, original, fresh)
     return result if better else None
 

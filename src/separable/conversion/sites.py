@@ -43,7 +43,7 @@ class Inputs:
         elif iter(calibration) is calibration:
             calibration = list(calibration)  # a stream runs once only, and several passes follow
         self._batches: Iterable[Any] = calibration
-        self._single = False
+        self._single, self._most = False, BATCH
         self.first = self._probe(model)
         self.count, self.batches = 0, 0
         for batch in self:
@@ -51,18 +51,20 @@ class Inputs:
             self.batches += 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        if not self._single:
-            for item in self._batches:
-                yield self._input(item)
-            return
+        """The batches; single inputs, and batches of one, are joined where their sizes allow."""
         pending: list[Tensor] = []
         for item in self._batches:
-            pending.append(self._input(item))
-            if len(pending) == BATCH:
-                yield torch.stack(pending)
+            batch = self._input(item)[None] if self._single else self._input(item)
+            full = len(pending) == self._most or len(batch) > 1
+            if pending and (full or batch.shape != pending[0].shape):
+                yield torch.cat(pending)
                 pending = []
+            if len(batch) > 1:
+                yield batch
+            else:
+                pending.append(batch)
         if pending:
-            yield torch.stack(pending)
+            yield torch.cat(pending)
 
     def _input(self, item: Any) -> Tensor:
         if isinstance(item, Sequence) and len(item):
@@ -82,8 +84,7 @@ class Inputs:
             raise ValueError("`calibration` is empty; give at least one input")
         first = self._input(item)
         try:
-            model(first)
-            return first
+            self._single = _runs_unbatched(model, first)
         except Exception as error:
             try:
                 model(first[None])
@@ -92,8 +93,26 @@ class Inputs:
                     f"`calibration`: the model rejects its first item, of shape "
                     f"{tuple(first.shape)}: {error}"
                 ) from error
-        self._single = True
-        return next(iter(self))
+            self._single = True
+        joined = next(iter(self))
+        try:
+            model(joined)
+        except Exception:  # a model of one input at a time
+            self._most = 1
+            return next(iter(self))
+        return joined
+
+
+def _runs_unbatched(model: nn.Module, input: Tensor) -> bool:
+    """Run a model, and say whether its first convolution was given an input without a batch."""
+    missing: list[bool] = []
+
+    def hook(conv: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
+        missing.append(inputs[0].dim() == len(conv.kernel_size) + 1)
+
+    with _hooked((model.get_submodule(name), hook) for name in convolutions(model)):
+        model(input)
+    return missing[:1] == [True]
 
 
 @dataclass(frozen=True)
@@ -276,6 +295,8 @@ def fisher(
     Returns:
         `[G, N, N]` per layer, in float64.
     """
+    if not sites:
+        return {}
     sums: dict[str, Tensor] = {}
     outputs: dict[str, list[Tensor]] = {}
     count = 0

@@ -11,8 +11,8 @@ from .moments import summed
 from .sites import Inputs
 
 ENOUGH, WORK = 512, 5e10
-"""inputs that the moments see at least, variations among them, unless their multiply-adds in a
-pass of the original network are more than this"""
+"""inputs that the moments see, variations among them, by as many variations of each as fit in; and
+the most multiply-adds that a pass of the original network over them may take"""
 REACH = 1 / 16
 """largest shift, of the extent"""
 NOISE = 0.1
@@ -22,7 +22,7 @@ CONTRAST = 0.2
 
 
 class Varied:
-    """Batches of inputs, each followed by as many variations of it as make them enough.
+    """Batches of inputs, each followed by variations of it: as many as fit into enough.
 
     The network that is converted tells what its outputs there should be, so an input need not be
     real, only near those that are. A batch's variations depend on it and the seed alone, not on
@@ -32,14 +32,15 @@ class Varied:
     def __init__(self, inputs: Inputs, macs: float, seed: int) -> None:
         """Vary `inputs` for a network that spends so many multiply-adds on each."""
         count = summed(torch.tensor(float(inputs.count))).item()
-        self.copies = max(1, int(min(ENOUGH, WORK / max(macs, 1.0)) // count))
+        most = ENOUGH if inputs.first.is_floating_point() else 1  # there is nothing between indices
+        self.copies = max(1, int(min(most, WORK / max(macs, 1.0)) // count))
         self._inputs, self._seed = inputs, seed
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._inputs:
             yield batch
             generator = torch.Generator().manual_seed(self._seed)
-            for _ in range(self.copies - 1 if batch.is_floating_point() else 0):
+            for _ in range(self.copies - 1):
                 others = batch[torch.randperm(len(batch), generator=generator)]
                 yield varied(batch, others, generator)
 

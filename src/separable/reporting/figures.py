@@ -321,9 +321,7 @@ def _frontiers(findings: Findings) -> Iterator[Figure]:
     if len(known) < 2:
         return
     once = any(point.kind == "fitted once" and not point.chosen for point in known)
-    apart = [
-        p for p in known if p.kind == "beside" or (once and p.chosen and p.kind == "converted")
-    ]
+    apart = [p for p in known if p.kind == "beside" or (once and p.kind == "converted")]
 
     def draw(title: str, costs: dict[str, Callable[[Point], float | None]]) -> Any:
         plot = _plot(title, label, 400)

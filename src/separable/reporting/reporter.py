@@ -171,7 +171,7 @@ class _Contender:
         self.account = count(network, inputs=given)
         conversion = getattr(network, "report", None)
         self.conversion = conversion if isinstance(conversion, Conversion) else None
-        if self.conversion is not None:
+        if self.conversion is not None and kind != "regular":
             self.kind = "converted" if self.conversion.refined else "fitted once"
         with torch.no_grad():
             self.output = network(*given)

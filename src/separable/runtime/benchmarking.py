@@ -162,8 +162,8 @@ def _benchmark(
     expected = model(x)
     if not expected.isfinite().all():
         raise ValueError(
-            f"`model` ({network or type(model).__name__}) gives NaN or infinity on random inputs, so "
-            "no runtime can be held to it; check its weights"
+            f"`model` ({network or type(model).__name__}) gives NaN or infinity on random inputs, "
+            "and no runtime can be held to that; check its weights"
         )
     compiled = compile_model(model, x, threads=threads, isa=isa)
     runners: dict[str, Runner] = {"separable": lambda: compiled(x)}

@@ -1,4 +1,4 @@
-"""A compiled model: checks its arguments, keeps its weights fresh, and runs."""
+"""A compiled model: checks its arguments and runs."""
 
 from __future__ import annotations
 

@@ -93,10 +93,12 @@ class GraphRunner:
         examples = [args[i] for i in self._free]
         _, structure = pytree.tree_flatten((tuple(examples), {}))
         inner = CompiledModel(program, program.argument_shapes, (structure, spec), False)
+        one_by_one = threading.Lock()  # other instances of the same class have other weights
 
         def run(*args: Any) -> Any:
-            holder[:] = [args[i] for i in fixed]
-            return inner(*(args[i] for i in self._free))
+            with one_by_one:
+                holder[:] = [args[i] for i in fixed]
+                return inner(*(args[i] for i in self._free))
 
         return run
 

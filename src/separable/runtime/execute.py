@@ -65,7 +65,7 @@ def _bury(frames: deque[_Frame]) -> None:
 
 
 class Program:
-    """A schedule bound to machine code and memory.
+    """A schedule bound to machine code and memory; packs its weights anew when they change.
 
     Attributes:
         arena_bytes: activation memory of one call, what each thread needs for itself included.
@@ -201,28 +201,35 @@ class Program:
             The results.
         """
         outputs = self._outputs() if outputs is None else outputs
-        while True:
-            results = self._attempt(inputs, outputs)
-            if results is not None:
-                return results
+        results = self._attempt(inputs, outputs, check=True)
+        if results is None:
             self._refresh()
+            # Weights packed since the call began will do: who changes them meanwhile can't tell.
+            results = self._attempt(inputs, outputs, check=False)
+        assert results is not None
+        return results
 
     def _attempt(
-        self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]
+        self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None], check: bool
     ) -> list[Any] | None:
-        """Run once, with the weights as they were packed last; `None` if they have changed."""
+        """Run once, with the weights as they were packed last.
+
+        Returns:
+            The results; `None` if the weights are to be checked and have changed.
+        """
         frame = self._take()
         try:
             self._bind(frame, inputs, outputs)
-            fresh = None
+            fresh = None if check else True
             for number, segment in enumerate(self._segments):
                 if segment.torch is not None:
                     self._run_torch(frame, segment.torch, inputs, outputs)
                     continue
                 job = _address(frame.jobs[number])
                 helpers = self.threads - 1
+                crew = self._workers.addresses(helpers)  # may fail, and then nothing is to join
                 try:
-                    self._post(job, self._workers.addresses(helpers), helpers)
+                    self._post(job, crew, helpers)
                     if fresh is None:  # asked while the workers have begun
                         fresh = self._is_fresh(frame)
                 finally:  # after an interrupt too: workers may be writing
@@ -317,9 +324,11 @@ class Program:
 
     def _take(self) -> _Frame:
         """A frame that no one uses, made if need be."""
-        if self._workers is not workers():  # after a fork, frames wait for workers left behind
-            self._frames.clear()
-            self._workers = workers()
+        if self._workers is not workers():
+            with self._lock:
+                if self._workers is not workers():
+                    self._frames.clear()  # after a fork they wait for workers left behind
+                    self._workers = workers()
         for _ in range(len(self._frames)):
             try:
                 frame = self._frames.popleft()

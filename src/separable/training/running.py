@@ -124,7 +124,7 @@ def run(
         trainer = _trainer(learning, feeding, place, waiting, progress)
         if recipe.sync_batchnorm and trainer.strategy.root_device.type == "cpu":
             raise ValueError(
-                "`sync_batchnorm` (=True) needs GPUs, and this training runs on the CPU; leave it out"
+                "`sync_batchnorm` (=True) needs GPUs, and this trains on the CPU; leave it out"
             )
         if place is not None:  # from here on files are written
             trainer.loggers = _loggers(place, checkpoint, recipe)
