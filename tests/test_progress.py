@@ -7,7 +7,7 @@ import time
 import pytest
 
 from separable import progress as module
-from separable.progress import progress
+from separable.progress import progress, timed
 
 
 class Terminal(io.StringIO):
@@ -65,3 +65,32 @@ def test_an_error_ends_it(monkeypatch):
     with pytest.raises(KeyError):
         fail()
     assert stream.getvalue().rstrip("\r").split("\r")[-1].strip() == ""
+
+
+def test_what_is_hidden_hides_what_is_below(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("outer", 4, shown=False), progress("inner", 4) as bar:
+        time.sleep(0.1)
+        assert bar.disable
+        assert list(timed(range(3), "measuring")) == [0, 1, 2]
+    with progress("later", 4):
+        time.sleep(0.1)
+    assert "later" in stream.getvalue()
+    assert "inner" not in stream.getvalue()
+    assert "measuring" not in stream.getvalue()
+
+
+def test_nothing_is_drawn_beside_what_is_timed(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("around", 4):
+        time.sleep(0.1)
+        for step in timed(range(2), "measuring"):
+            if step == 0:
+                time.sleep(0.05)  # the redraw that had begun
+                before = stream.getvalue()
+            time.sleep(0.1)
+            assert "around" not in stream.getvalue()[len(before) :]
+        time.sleep(0.1)
+    assert "around" in stream.getvalue()[len(before) :]

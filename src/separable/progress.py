@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -16,6 +17,9 @@ TICK = 0.5
 """seconds between its redraws, in steps that last"""
 
 WITHOUT_TOTAL = "{desc}: {elapsed}"
+Step = TypeVar("Step")
+_is_hidden = ContextVar("_is_hidden", default=False)
+_measuring = threading.Event()  # while it is set, nothing is drawn beside what is measured
 
 
 @contextmanager
@@ -24,28 +28,31 @@ def progress(
 ) -> Iterator[Any]:
     """Show how far the body is, with the time left; it calls `update()` after each step.
 
-    A thread redraws the bar, so that it appears and its clock goes on while a step lasts. For a
-    loop that is timed, tqdm itself is better: nothing runs beside it.
+    A thread redraws the bar, so that it appears and its clock goes on while a step lasts; it rests
+    while a loop of `timed` runs.
 
     Args:
         what: the work.
         total: its steps; None where they are not known, and the time so far is shown.
         unit: what a step is.
-        shown: whether to show it at all.
+        shown: whether to show it, and what is below it.
 
     Yields:
         tqdm's bar.
     """
-    with tqdm(
-        desc=what,
-        total=total,
-        unit=unit,
-        delay=DELAY,
-        leave=False,
-        smoothing=0,  # the mean rate, as redraws are no steps
-        bar_format=None if total else WITHOUT_TOTAL,
-        disable=None if shown else True,
-    ) as bar:
+    with (
+        hidden(not shown),
+        tqdm(
+            desc=what,
+            total=total,
+            unit=unit,
+            delay=DELAY,
+            leave=False,
+            smoothing=0,  # the mean rate, as redraws are no steps
+            bar_format=None if total else WITHOUT_TOTAL,
+            disable=_is_hidden.get() or None,
+        ) as bar,
+    ):
         if bar.disable:
             yield bar
             return
@@ -59,11 +66,33 @@ def progress(
             ticker.join()
 
 
+@contextmanager
+def hidden(is_hidden: bool = True) -> Iterator[None]:
+    """Show no bars in the body."""
+    token = _is_hidden.set(is_hidden or _is_hidden.get())
+    try:
+        yield
+    finally:
+        _is_hidden.reset(token)
+
+
+def timed(steps: Iterable[Step], what: str) -> Iterator[Step]:
+    """Go through the steps of a measurement with a bar of which nothing runs beside them."""
+    outer = _measuring.is_set()
+    _measuring.set()
+    try:
+        yield from tqdm(steps, what, leave=False, delay=DELAY, disable=_is_hidden.get() or None)
+    finally:
+        if not outer:
+            _measuring.clear()
+
+
 def _redraw(bar: Any, done: threading.Event) -> None:
     if done.wait(DELAY):
         return
     while True:
-        bar.refresh()
-        bar.last_print_t = time.time()  # so that `close` knows there is a line to clear
+        if not _measuring.is_set():
+            bar.refresh()
+            bar.last_print_t = time.time()  # so that `close` knows there is a line to clear
         if done.wait(TICK):
             return

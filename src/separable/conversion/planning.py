@@ -16,6 +16,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from ..cost import measure, measure_interleaved
+from ..progress import hidden
 from .applying import finished, fitted
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
@@ -110,7 +111,8 @@ class Survey:
             assert self.inputs is not None
             return _for_error(task, self.inputs)
         if goal.quantity == "latency":
-            return _found_by_first(lambda: _for_latency(task, self))
+            with hidden(not self.progress):
+                return _found_by_first(lambda: _for_latency(task, self))
         return task.within(goal.limit)
 
 

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
-from ..progress import progress
+from ..progress import progress, timed
 from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
 from .preserving import held_tensors, train_flags, untouched
@@ -212,7 +211,7 @@ def _interleaved_times(
     guesses = [max(1e-9, min(_seconds(call, 1) for _ in range(2))) for call in calls]
     numbers = [max(1, math.ceil(min_seconds / repeats / guess)) for guess in guesses]
     times: list[list[float]] = [[] for _ in calls]
-    for repeat in tqdm(range(repeats), "measuring", leave=False, delay=2, disable=None):
+    for repeat in timed(range(repeats), "measuring"):
         # to and fro, so that a steady drift favours none
         order = range(len(calls)) if repeat % 2 == 0 else reversed(range(len(calls)))
         for i in order:
@@ -306,19 +305,19 @@ def _layer_times(
             # outside of the model's own hooks, whose time belongs to the module
             hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))
-        for _ in tqdm(range(repeats + 1), "timing modules", leave=False, delay=2, disable=None):
+        for _ in timed(range(repeats + 1), "timing modules"):
             passes.append({})
             call()
-    timed = passes[1:]  # the first is a warm-up
+    measured = passes[1:]  # the first is a warm-up
     return tuple(
         LayerTime(
             name=names[module],
             kind=type(module).__name__,
             calls=int(calls),
-            inclusive=float(np.median([each[module][1] for each in timed if module in each])),
-            own=float(np.median([each[module][2] for each in timed if module in each])),
+            inclusive=float(np.median([each[module][1] for each in measured if module in each])),
+            own=float(np.median([each[module][2] for each in measured if module in each])),
         )
-        for module, (calls, _, _) in timed[0].items()
+        for module, (calls, _, _) in measured[0].items()
     )
 
 

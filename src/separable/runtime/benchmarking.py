@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from prettytable import PrettyTable, TableStyle
 from torch import nn
-from tqdm import tqdm
 
-from ..progress import progress
+from ..progress import progress, timed
 from . import machine as machines
 from .backend import compile as compile_model
 from .checking import TOLERANCE, deviation
@@ -187,7 +186,7 @@ def _benchmark(
             notes[name] = f"wrong output, error {errors[name]:.1e}"
     peak = Peak(compiled.program.machine)
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in tqdm(range(turns), network or "measuring", leave=False, delay=2, disable=None):
+    for _ in timed(range(turns), network or "measuring"):
         for name, run in runners.items():
             time.sleep(_REST)
             for number in range(_BURST):

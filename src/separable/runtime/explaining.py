@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prettytable import PrettyTable, TableStyle
-from tqdm import tqdm
 
+from ..progress import timed
 from . import jit
 from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
@@ -131,7 +131,7 @@ def explain(program: Program, inputs: Sequence[Any], repeats: int = 10) -> Expla
     program(inputs)
     run = program.step_runner(inputs)
     overhead = float("inf")
-    for _ in tqdm(range(repeats), "timing kernels", leave=False, delay=2, disable=None):
+    for _ in timed(range(repeats), "timing kernels"):
         for i, step in enumerate(steps):
             if step.kernel is None:
                 continue
