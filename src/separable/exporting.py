@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .conversion import Report, load, merge, save
 from .conversion.sites import frozen_copy
+from .failures import in_a_line
 from .progress import progress as progress_bar
 from .runtime.checking import TOLERANCE, deviation
 from .runtime.onnx_graph import onnx_program
@@ -184,7 +185,7 @@ def _check_runs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     try:
         outputs = _leaves(model(*args))
     except Exception as error:
-        raise ValueError(f"`model` does not take `example` ({_line(error)})") from error
+        raise ValueError(f"`model` does not take `example` ({in_a_line(error)})") from error
     if any(each.is_floating_point() and each.isnan().any() for each in outputs):
         raise ValueError(
             "`model` returns NaN for `example`, so no file can be checked against it; look at its "
@@ -208,8 +209,8 @@ def _compare(
             expected = _leaves(model(*batch))
         except Exception as error:
             raise ValueError(
-                f"`model` does not take a batch of {len(batch[0])} ({_line(error)}); if its batch "
-                "size is fixed, say so: `dynamic_batch=False`"
+                f"`model` does not take a batch of {len(batch[0])} ({in_a_line(error)}); if its "
+                "batch size is fixed, say so: `dynamic_batch=False`"
             ) from error
         found = run(*batch)
         if len(found) != len(expected):
@@ -243,13 +244,7 @@ def _traceable(args: tuple[Tensor, ...], dynamic: bool) -> tuple[tuple[Tensor, .
 
 def _failed(format: Format, dynamic: bool, error: Exception) -> ValueError:
     hint = "; a fixed batch size may do: `dynamic_batch=False`" if dynamic else ""
-    return ValueError(f"`model` can't be exported as {format} ({_line(error)}){hint}")
-
-
-def _line(error: Exception) -> str:
-    """What went wrong, in a line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:200]}"
+    return ValueError(f"`model` can't be exported as {format} ({in_a_line(error)}){hint}")
 
 
 def _write_onnx(

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..failures import first_line
 from .completion import VARIABLE
 
 _PACKAGE = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def describe(error: BaseException) -> str:
 
     An error that this package raises names the argument and the remedy, so its message is enough.
     """
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    message = first_line(error)
     frames = traceback.extract_tb(error.__traceback__)
     if frames and _PACKAGE in Path(frames[-1].filename).parents:
         return message or type(error).__name__

@@ -17,6 +17,7 @@ from ..conversion.plans import Budget, NothingToConvert
 from ..conversion.sites import Inputs, divergence, frozen_copy, is_logits, tensors
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
+from ..failures import in_a_line
 from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
 from ..runtime import machine as machines
@@ -184,8 +185,7 @@ class _Contender:
             found, expected = tensors(compiled(*given)), tensors(self.output)
             self.deviation = max(map(deviation, found, expected), default=0.0)
         except Exception as error:  # whatever torch.export or a kernel raises
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self.problem = ": ".join([type(error).__name__, *lines[:1]]).rstrip(".")
+            self.problem = in_a_line(error).rstrip(".")
             return
         if self.deviation <= TOLERANCE:
             self.compiled = compiled

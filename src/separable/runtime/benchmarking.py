@@ -18,6 +18,7 @@ import torch
 from prettytable import PrettyTable, TableStyle
 from torch import nn
 
+from ..failures import in_a_line
 from ..progress import progress, timed
 from . import machine as machines
 from .backend import compile as compile_model
@@ -175,7 +176,7 @@ def _benchmark(
                 runners[name]()
             except Exception as error:  # a runtime that is missing or fails is a row of the table
                 runners.pop(name, None)
-                notes[name] = _line(error)
+                notes[name] = in_a_line(error, 60)
             bar.update()
     errors: dict[str, float] = {}
     for name, run in list(runners.items()):
@@ -213,12 +214,6 @@ def _benchmark(
         timings=tuple(timings),
         conditions=conditions(compiled.program.machine),
     )
-
-
-def _line(error: Exception) -> str:
-    """What went wrong, short enough for a table."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:60]}"
 
 
 def conditions(machine: machines.Machine) -> dict[str, str]:
