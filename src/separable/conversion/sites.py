@@ -94,6 +94,8 @@ class Inputs:
                     f"{tuple(first.shape)}: {error}"
                 ) from error
             self._single = True
+        if not self._single and len(first) != 1:
+            return first
         joined = next(iter(self))
         try:
             model(joined)
