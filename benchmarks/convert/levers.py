@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import separable
 from separable.conversion import applying, fitting, forms, refining, sites, varying
-from separable.conversion.sites import Inputs, divergence
+from separable.conversion.calibration import Inputs
+from separable.conversion.sensitivity import divergence
 from separable.conversion.varying import blended
 
 from . import data, networks, tables

@@ -14,11 +14,13 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import nn
 
 from separable.conversion.applying import with_batch_norm
+from separable.conversion.calibration import Inputs
 from separable.conversion.choosing import cost
 from separable.conversion.fitting import fit, targets
 from separable.conversion.forms import Factors, Form, grouped, separated, weight_only
 from separable.conversion.moments import Moments
-from separable.conversion.sites import Inputs, Site, divergence, replaced, survey, trace
+from separable.conversion.sensitivity import divergence
+from separable.conversion.sites import Site, replaced, survey, trace
 
 tensorly.set_backend("pytorch")
 

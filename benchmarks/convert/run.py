@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import separable
 from separable.conversion.applying import finished, fitted
-from separable.conversion.sites import Inputs, divergence
+from separable.conversion.calibration import Inputs
+from separable.conversion.sensitivity import divergence
 from separable.cost.measuring import device_name
 
 from . import data, networks, rivals, tables

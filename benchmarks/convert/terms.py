@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from separable.conversion import fitting
+from separable.conversion.calibration import Inputs
 from separable.conversion.fitting import Target, curve, targets
 from separable.conversion.forms import grouped
-from separable.conversion.sites import Inputs, fisher, survey, trace
+from separable.conversion.sensitivity import fisher
+from separable.conversion.sites import survey, trace
 
 from . import networks, tables
 from .run import calibrated

@@ -21,7 +21,7 @@ from prettytable import PrettyTable, TableStyle
 from torch import Tensor, nn
 
 import separable
-from separable.conversion.sites import divergence
+from separable.conversion.sensitivity import divergence
 from separable.cost.measuring import device_name
 from separable.models import mobilenet_v1
 from separable.training import Distillation, Recipe, finetune, train

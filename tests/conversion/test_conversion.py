@@ -13,8 +13,9 @@ from torch import nn
 import separable
 from separable.conversion import SeparatedConv, applying, converting, planning, refining
 from separable.conversion.applying import finished, fitted
+from separable.conversion.calibration import Inputs
 from separable.conversion.plans import NothingToConvert
-from separable.conversion.sites import Inputs, divergence
+from separable.conversion.sensitivity import divergence
 
 FEW = "positions; more calibration"
 

@@ -19,6 +19,8 @@ from separable.conversion.forms import (
     weights_per_position,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
 MODES = ["zeros", "reflect", "replicate", "circular"]
 
 

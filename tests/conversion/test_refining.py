@@ -9,9 +9,10 @@ from torch import nn
 import separable
 from separable.conversion import refining
 from separable.conversion.applying import fitted as fit
+from separable.conversion.calibration import Inputs
 from separable.conversion.refining import refined
-from separable.conversion.sites import Inputs, divergence, frozen_copy
-from separable.conversion.varying import blended, varied
+from separable.conversion.sensitivity import divergence
+from separable.conversion.sites import frozen_copy
 
 
 def network():
@@ -84,14 +85,13 @@ def test_batches_of_many_sizes(case, other):
     assert better is None or all(p.isfinite().all() for p in better.parameters())
 
 
-@pytest.mark.parametrize("mix", [None, blended, varied])
-def test_a_step_is_the_same_however_the_batches_are_divided(case, mix):
+def test_a_step_is_the_same_however_the_batches_are_divided(case):
     _, inputs, _ = case
     batches = list(inputs.split(24))
 
     def drawn(given):
         generator = torch.Generator().manual_seed(3)
-        return torch.cat(list(refining._draws(given, 0.25, generator, mix)))
+        return torch.cat(list(refining._draws(given, 0.25, generator)))
 
     apart = torch.cat([drawn(batches[:2]), drawn(batches[2:])])
     assert torch.equal(apart, drawn(batches))

@@ -15,22 +15,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm import tqdm
 
+from .calibration import Inputs
 from .fitting import bias_of, fit, targets
 from .forms import Conv, Factors, SeparatedConv, Shape, grouped, separated
 from .moments import Moments
 from .plans import Plan, Row
 from .refining import refined
-from .sites import (
-    Inputs,
-    collect,
-    convolutions,
-    divergence,
-    fisher,
-    frozen_copy,
-    replaced,
-    trace,
-)
+from .sensitivity import divergence, fisher
+from .sites import Site, collect, convolutions, frozen_copy, replaced, trace
 from .varying import Varied
+
+ROUNDS = 2
+"""times that a layer is fitted again, to outputs that its activation leaves free"""
 
 _SHARE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
@@ -151,17 +147,8 @@ def fitted(
         for row in changing:
             bar.set_description(f"fitting {row.name}", refresh=False)
             site = sites[row.name]
-            moments = None
-            if shown is not None:
-                if not site.calls:
-                    raise ValueError(
-                        f"layer `{row.name}` never runs on the `calibration` inputs; keep it "
-                        "dense with `plan.edited`"
-                    )
-                moments = collect(original, converted, site, shown, plan.seed)
-                _warn_if_few(moments.count / shown.copies, row)
-            conv: Any = original.get_submodule(row.name)
-            form = fitted_module(conv, row, moments, slopes.get(row.name))
+            slope = slopes.get(row.name)
+            form = _settled(original, converted, site, row, slope, shown, plan.seed)
             converted = replaced(converted, site.names, form)
             bar.update(ends[row.name])
     if inputs is None:
@@ -184,6 +171,33 @@ def finished(
     if better is not None and (error := divergence(better, original, inputs)) < report.error:
         return better, dataclasses.replace(report, error=error, refined=True)
     return converted, report
+
+
+def _settled(
+    original: nn.Module,
+    converted: nn.Module,
+    site: Site,
+    row: Row,
+    slopes: Tensor | None,
+    shown: Varied | None,
+    seed: int,
+) -> SeparatedConv:
+    """Fit a layer, again where its activation leaves its outputs free."""
+    conv: Any = original.get_submodule(row.name)
+    if shown is None:
+        return fitted_module(conv, row, None, slopes)
+    if not site.calls:
+        raise ValueError(
+            f"layer `{row.name}` never runs on the `calibration` inputs; keep it dense with "
+            "`plan.edited`"
+        )
+    moments = collect(original, converted, site, shown, seed)
+    _warn_if_few(moments.count / shown.copies, row)
+    form = fitted_module(conv, row, moments, slopes)
+    for _ in range(ROUNDS if site.sequel.cuts else 0):
+        moments = collect(original, converted, site, shown, seed, form, moments)
+        form = fitted_module(conv, row, moments, slopes)
+    return form
 
 
 def fitted_module(
@@ -233,7 +247,7 @@ def _warn_if_few(positions: float, row: Row) -> None:
         warnings.warn(
             f"layer `{row.name}` has {unknowns} inputs per output but the calibration inputs "
             f"show it only {positions:.0f} positions; more calibration inputs would help",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .calibration import Inputs
 from .fitting import Target, curve, fit, targets
 from .forms import Form, exact_rank, grouped, weights_per_position
 from .plans import NothingToConvert, Row
-from .sites import Inputs, Site, fisher, survey, trace
+from .sensitivity import fisher
+from .sites import Site, survey, trace
 
 SURVEY_BYTES = 1.5e9
 """memory for the moments of the layers that are surveyed in one pass"""

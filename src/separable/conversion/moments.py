@@ -34,15 +34,15 @@ class Moments:
     target: Tensor
     """mean of y, `[G, N]`"""
     gram: Tensor
-    """sum of (u - mean)(u - mean)ᵀ, `[G, F, F]`"""
+    """sum of (u - mean)(u - mean)ᵀ, `[G, F, F]`, or `[G, 0, 0]`"""
     cross: Tensor
     """sum of (y - target)(u - mean)ᵀ, `[G, N, F]`"""
     energy: Tensor
     """sum of (y - target)², `[G, N]`"""
 
     @classmethod
-    def zeros(cls, shape: Shape, device: torch.device | None = None) -> Moments:
-        """The moments of no samples."""
+    def zeros(cls, shape: Shape, device: torch.device | None = None, gram: bool = True) -> Moments:
+        """The moments of no samples; without a gram matrix where it is known already."""
         groups, outputs, inputs, taps = shape
         features = inputs * taps
 
@@ -53,7 +53,7 @@ class Moments:
             0.0,
             empty(features),
             empty(outputs),
-            empty(features, features),
+            empty(features, features) if gram else empty(0, 0),
             empty(outputs, features),
             empty(outputs),
         )
@@ -71,7 +71,9 @@ class Moments:
         u -= mean[..., None]
         y -= target[..., None]
         self._merge(count, mean, target)
-        for start in range(0, u.shape[1], BLOCK):  # the rest of each row follows by symmetry
+        for start in range(
+            0, self.gram.shape[1], BLOCK
+        ):  # the rest of each row follows by symmetry
             rows = slice(start, start + BLOCK)
             product = torch.bmm(u[:, rows], u[:, : start + BLOCK].mT)
             self.gram[:, rows, : start + BLOCK] += product
@@ -84,7 +86,8 @@ class Moments:
         total = self.count + count
         step, shift = mean - self.mean, target - self.target
         scale = self.count * count / total
-        self.gram.baddbmm_(step[:, :, None], step[:, None], alpha=scale)
+        if self.gram.numel():
+            self.gram.baddbmm_(step[:, :, None], step[:, None], alpha=scale)
         self.cross.baddbmm_(shift[:, :, None], step[:, None], alpha=scale)
         self.energy += scale * shift.square()
         self.mean = self.mean + step * (count / total)
@@ -100,7 +103,9 @@ class Moments:
         total = summed(*sums).item()
         mean, target = sums[1] / total, sums[2] / total
         step, shift = self.mean - mean, self.target - target
-        gram = torch.baddbmm(self.gram, step[:, :, None], step[:, None], alpha=self.count)
+        gram = self.gram
+        if gram.numel():
+            gram = torch.baddbmm(gram, step[:, :, None], step[:, None], alpha=self.count)
         cross = torch.baddbmm(self.cross, shift[:, :, None], step[:, None], alpha=self.count)
         energy = self.energy + self.count * shift.square()
         summed(gram, cross, energy)

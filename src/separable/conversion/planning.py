@@ -18,10 +18,11 @@ from tqdm import tqdm
 from ..cost import measure, measure_interleaved
 from ..progress import hidden
 from .applying import finished, fitted
+from .calibration import Inputs
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
 from .plans import Budget, NothingToConvert, Plan
-from .sites import Inputs, frozen_copy, replaced, trace
+from .sites import frozen_copy, replaced, trace
 
 TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,25 +12,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .calibration import Inputs
+from .following import Run, followed
 from .forms import SeparatedConv
 from .moments import summed
-from .sites import Inputs, divergence, is_logits, tensors
-from .varying import ENOUGH, blended, varied
+from .sensitivity import divergence, is_logits, tensors
+from .varying import varied
 
-Mix = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-
-STEPS, SAMPLES = 300, 64
+STEPS, SAMPLES = 600, 64
 """optimiser steps, and inputs in each"""
-WORK = 5e11
-"""multiply-adds to spend; networks too large for a tenth of the steps are left as they are"""
+WORK = 1e12
+"""multiply-adds to spend; networks too large for a twentieth of the steps are left as they are"""
 RATE = 0.02
 """largest step of a weight relative to its tensor's root mean square"""
-LAYERS = 1.0
-"""weight of the layers' own errors beside the divergence of the outputs"""
+LAYERS = 0.3
+"""weight of the layers' errors beside the divergence of the outputs"""
 TEMPERATURE = 4.0
 """of the outputs that are compared (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"""
-BLENDED = 2
-"""one in so many steps sees blends, where the inputs are many"""
 KEPT = 1024
 """inputs held in memory"""
 
@@ -49,12 +46,12 @@ def refined(
     The sequential fit settles each layer before the ones after it; what they could take up of its
     error is lost. Adam (Kingma and Ba 2015, arXiv:1412.6980) lowers
 
-        T² KL(p_T ‖ p'_T) + Σ ‖y' − y‖² / E‖y − E y‖²,
+        T² KL(p_T ‖ p'_T) + Σ λ ‖z' − z‖² / E‖z − E z‖²,
 
-    p_T the softmax of the outputs over T, y the outputs of each converted layer. Every other step
-    sees blends of two inputs (Zhang et al. 2018, arXiv:1710.09412), without which a few hundred
-    inputs are learned by heart; where they are fewer, every step sees variations. A step takes
-    the same share of each batch, so it does not depend on how batches are divided among processes.
+    p_T the softmax of the outputs over T, z what becomes of the outputs of each converted layer,
+    behind its batch norm, sum and activation. The steps see variations of the inputs, never the
+    same twice, for a few hundred inputs are learned by heart. A step takes the same share of each
+    batch, so it does not depend on how batches are divided among processes.
 
     Args:
         converted: the converted network in eval mode; it is left as it was.
@@ -65,16 +62,14 @@ def refined(
         progress: whether to show a progress bar.
 
     Returns:
-        A refined copy, or None where it is no better on blends or variations that no step has
-        seen, or the network is too large.
+        A refined copy, or None where it is no better on variations that no step has seen, or the
+        network is too large.
     """
     result = copy.deepcopy(converted)
     names = [name for name, m in result.named_modules() if isinstance(m, SeparatedConv)]
-    if not names or macs * SAMPLES * STEPS / 10 > WORK:
+    if not names or macs * SAMPLES * STEPS / 20 > WORK:
         return None
     count = summed(torch.tensor(float(inputs.count))).item()
-    few = ENOUGH // count > 1
-    mix, every = (varied, 1) if few else (blended, BLENDED)
     share = min(1.0, KEPT / count)
     kept = [batch[: max(1, math.floor(share * len(batch)))] for batch in inputs]
     part = min(1.0, SAMPLES / (share * count))
@@ -93,7 +88,7 @@ def refined(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step / steps)
         slopes = [torch.zeros_like(weight) for weight in weights]
-        for batch in _draws(kept, part, generator, mix if (step + 1) % every == 0 else None):
+        for batch in _draws(kept, part, generator):
             with torch.enable_grad():
                 loss = _loss(result, original, names, scales, batch) / drawn
             if not loss.requires_grad:
@@ -109,7 +104,7 @@ def refined(
     for parameter, flag in zip(result.parameters(), flags, strict=True):
         parameter.grad = None
         parameter.requires_grad_(flag)
-    drawn_anew = _draws(kept, 1.0, generator, mix)
+    drawn_anew = _draws(kept, 1.0, generator)
     fresh = [part for batch in drawn_anew for part in batch.split(SAMPLES)]
     better = divergence(result, original, fresh) < divergence(converted, original, fresh)
     return result if better else None
@@ -119,10 +114,8 @@ def _drawn(batch: Tensor, part: float) -> int:
     return max(1, round(part * len(batch)))
 
 
-def _draws(
-    batches: Iterable[Tensor], part: float, generator: torch.Generator, mix: Mix | None
-) -> Iterator[Tensor]:
-    """The inputs of a step, joined where their sizes allow."""
+def _draws(batches: Iterable[Tensor], part: float, generator: torch.Generator) -> Iterator[Tensor]:
+    """The variations that a step sees, joined where their sizes allow."""
     seed = int(torch.randint(2**31, (), generator=generator))
     found: dict[torch.Size, list[Tensor]] = {}
     for batch in batches:
@@ -130,8 +123,8 @@ def _draws(
         count = _drawn(batch, part)
         first, second = (torch.randperm(len(batch), generator=same)[:count] for _ in range(2))
         taken = batch[first]
-        if mix and batch.is_floating_point():
-            taken = mix(taken, batch[second], same)
+        if batch.is_floating_point():  # there is nothing between indices
+            taken = varied(taken, batch[second], same)
         found.setdefault(taken.shape[1:], []).append(taken)
     for group in found.values():
         yield torch.cat(group)
@@ -142,26 +135,6 @@ def _schedule(time: float) -> float:
     return time / 0.1 if time < 0.1 else 0.5 * (1 + math.cos(math.pi * (time - 0.1) / 0.9))
 
 
-@contextmanager
-def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Gather the outputs of the named modules, in the order of their runs."""
-    seen: list[tuple[str, Tensor]] = []
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            seen.append((name, output))
-            return output.clone()  # what follows may write in place
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _variances(
     model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]
@@ -169,11 +142,11 @@ def _variances(
     """Variance of each channel's values, averaged over the channels of each layer, per value."""
     sums: dict[str, Tensor] = {}
     for batch in batches:
-        with _watched(model, names) as seen:
+        with followed(model, names) as runs:
             model(batch)
-        for name, output in seen:
-            channel = output.dim() - 1 - _dims(model, name)
-            values = output.double().movedim(channel, 0).flatten(1)
+        for name, end in _ends(runs):
+            channel = end.dim() - 1 - _dims(model, name)
+            values = end.double().movedim(channel, 0).flatten(1)
             moments = [torch.full_like(values[:, 0], values.shape[1])]
             moments += [values.sum(1), values.square().sum(1)]
             sums[name] = sums.get(name, 0) + torch.stack(moments)
@@ -182,6 +155,14 @@ def _variances(
         count, first, second = summed(sums[name])
         result[name] = (second / count - (first / count).square()).mean().clamp_min(1e-30)
     return result
+
+
+def _ends(runs: dict[str, list[Run]]) -> Iterator[tuple[str, Tensor]]:
+    """What became of each layer's outputs, run by run."""
+    for name, those in runs.items():
+        for run in those:
+            assert run.end is not None
+            yield name, run.end
 
 
 def _dims(model: nn.Module, name: str) -> int:
@@ -213,9 +194,9 @@ def _loss(
     batch: Tensor,
 ) -> Tensor:
     """Summed over the batch."""
-    with torch.no_grad(), _watched(original, names) as wanted:
+    with torch.no_grad(), followed(original, names) as wanted:
         goal = original(batch)
-    with _watched(converted, names) as reached:
+    with followed(converted, names) as reached:
         output = converted(batch)
     if is_logits(goal):
         new, old = ((z / TEMPERATURE).log_softmax(1) for z in (output, goal))
@@ -225,7 +206,7 @@ def _loss(
         for new, old in zip(tensors(output), tensors(goal), strict=True):
             energy = old.square().sum().clamp_min(1e-30)
             loss = loss + len(batch) * (new - old).square().sum() / energy
-    for (name, new), (_, old) in zip(reached, wanted, strict=True):
+    for (name, new), (_, old) in zip(_ends(reached), _ends(wanted), strict=True):
         scale = variances[name].to(new.dtype) * old.numel() / len(batch)
         loss = loss + LAYERS * (new - old).square().sum() / scale
     return loss

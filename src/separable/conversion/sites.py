@@ -3,118 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
+from .following import NOTHING, Run, Sequel, Stop, followed
 from .forms import CONVS, TRANSPOSED, Shape
-from .moments import Moments, is_convolution, samples, summed
+from .moments import Moments, is_convolution, samples
 
-BATCH = 32
-"""inputs per batch where the calibration inputs come one by one"""
 POSITIONS = 256
 """positions of each input that enter a layer's moments"""
-GRADIENTS = 16
-"""inputs of each batch that enter the gradients"""
-
-
-class Inputs:
-    """The calibration inputs as batches on a model's device, as often as they are needed."""
-
-    def __init__(self, calibration: Any, model: nn.Module) -> None:
-        parameter = next(model.parameters(), None)
-        self._device = None if parameter is None else parameter.device
-        self._dtype = torch.float32 if parameter is None else parameter.dtype
-        if isinstance(calibration, Tensor):
-            calibration = calibration.split(BATCH)
-        elif isinstance(calibration, Dataset):
-            calibration = DataLoader(calibration, batch_size=BATCH)
-        elif not isinstance(calibration, Iterable):
-            raise TypeError(
-                f"`calibration` (a {type(calibration).__name__}) must be an iterable of inputs, "
-                "batches or (input, label) pairs, or None"
-            )
-        elif iter(calibration) is calibration:
-            calibration = list(calibration)  # a stream runs once only, and several passes follow
-        self._batches: Iterable[Any] = calibration
-        self._single, self._most = False, BATCH
-        self.first = self._probe(model)
-        self.count, self.batches = 0, 0
-        for batch in self:
-            self.count += len(batch)
-            self.batches += 1
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """The batches; single inputs, and batches of one, are joined where their sizes allow."""
-        pending: list[Tensor] = []
-        for item in self._batches:
-            batch = self._input(item)[None] if self._single else self._input(item)
-            full = len(pending) == self._most or len(batch) > 1
-            if pending and (full or batch.shape != pending[0].shape):
-                yield torch.cat(pending)
-                pending = []
-            if len(batch) > 1:
-                yield batch
-            else:
-                pending.append(batch)
-        if pending:
-            yield torch.cat(pending)
-
-    def _input(self, item: Any) -> Tensor:
-        if isinstance(item, Sequence) and len(item):
-            item = item[0]
-        if not isinstance(item, Tensor):
-            raise TypeError(
-                f"`calibration` holds a {type(item).__name__}; its items must be tensors or "
-                "pairs that begin with one"
-            )
-        return item.to(self._device, self._dtype if item.is_floating_point() else item.dtype)
-
-    @torch.no_grad()
-    def _probe(self, model: nn.Module) -> Tensor:
-        """Run the first item, as a batch if the model takes it so, else as one input."""
-        item = next(iter(self._batches), None)
-        if item is None:
-            raise ValueError("`calibration` is empty; give at least one input")
-        first = self._input(item)
-        try:
-            self._single = _runs_unbatched(model, first)
-        except Exception as error:
-            try:
-                model(first[None])
-            except Exception:
-                raise ValueError(
-                    f"`calibration`: the model rejects its first item, of shape "
-                    f"{tuple(first.shape)}: {error}"
-                ) from error
-            self._single = True
-        if not self._single and len(first) != 1:
-            return first
-        joined = next(iter(self))
-        try:
-            model(joined)
-        except Exception:  # a model of one input at a time
-            self._most = 1
-            return next(iter(self))
-        return joined
-
-
-def _runs_unbatched(model: nn.Module, input: Tensor) -> bool:
-    """Run a model, and say whether its first convolution was given an input without a batch."""
-    missing: list[bool] = []
-
-    def hook(conv: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
-        missing.append(inputs[0].dim() == len(conv.kernel_size) + 1)
-
-    with _hooked((model.get_submodule(name), hook) for name in convolutions(model)):
-        model(input)
-    return missing[:1] == [True]
 
 
 @dataclass(frozen=True)
@@ -136,6 +39,8 @@ class Site:
     """shape of the first run's input"""
     plain: bool = True
     """whether it computes its weight times its patches in its first run"""
+    sequel: Sequel = NOTHING
+    """what follows it, where it runs once"""
 
 
 def convolutions(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -165,8 +70,12 @@ def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
 
         return hook
 
+    follow: dict[str, list[Run]] = {}
     if input is not None:
-        with _hooked((model.get_submodule(name), record(name)) for name in names):
+        with (
+            hooked((model.get_submodule(name), record(name)) for name in names),
+            followed(model, names, keep=False) as follow,
+        ):
             model(input)
     sites = []
     for name in (*runs, *(name for name in names if name not in runs)):
@@ -182,6 +91,7 @@ def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
                 sum(o.numel() / module.out_channels for _, o in seen) / _length(input),
                 tuple(seen[0][0].shape) if seen else (),
                 plain.get(name, True),
+                follow[name][0].sequel if len(seen) == 1 else NOTHING,
             )
         )
     return sites
@@ -192,17 +102,14 @@ def _length(input: Tensor | None) -> int:
 
 
 @contextmanager
-def _hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Run a hook after each run of a module, within."""
     handles = [module.register_forward_hook(hook) for module, hook in pairs]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the layer that was asked for has run."""
 
 
 @torch.no_grad()
@@ -213,12 +120,12 @@ def _record(model: nn.Module, site: Site, input: Tensor, inputs: bool) -> list[T
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         if len(seen) == site.calls:
-            raise _Stop
+            raise Stop
 
     def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append(output)
         if len(seen) == site.calls:
-            raise _Stop
+            raise Stop
         return output.clone()  # what follows may write in place
 
     module = model.get_submodule(site.name)
@@ -228,25 +135,78 @@ def _record(model: nn.Module, site: Site, input: Tensor, inputs: bool) -> list[T
         handle = module.register_forward_hook(after)
     try:
         model(input)
-    except _Stop:
+    except Stop:
         pass
     finally:
         handle.remove()
     return seen
 
 
+@torch.no_grad()
+def _beside(model: nn.Module, site: Site, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A site's input, its output, and the branch that is added to it, of one pass."""
+    given: list[Tensor] = []
+    made: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        given.append(args[0])
+        made.append(output.clone())  # what follows may write in place
+
+    with (
+        hooked([(model.get_submodule(site.name), keep)]),
+        followed(model, [site.name], until_sum=True) as runs,
+    ):
+        model(input)
+    other = runs[site.name][0].beside
+    assert other is not None
+    return given[0], made[0], other
+
+
+@torch.no_grad()
 def collect(
-    original: nn.Module, converted: nn.Module, site: Site, inputs: Iterable[Tensor], seed: int
+    original: nn.Module,
+    converted: nn.Module,
+    site: Site,
+    inputs: Iterable[Tensor],
+    seed: int,
+    form: nn.Module | None = None,
+    before: Moments | None = None,
 ) -> Moments:
-    """Moments of a layer's inputs in the converted network and its outputs in the original one."""
+    """Moments of a layer's inputs in the converted network and of the outputs it should have.
+
+    Those are the original's, less what another branch adds too much. Where what follows makes the
+    same of other outputs, they are the nearest ones to what the layer returned after the last fit.
+
+    Args:
+        original: the network.
+        converted: the same, converted up to the layer.
+        site: the layer.
+        inputs: batches.
+        seed: of the draw of positions.
+        form: the layer as it was fitted last, if it was.
+        before: the moments that it was fitted to.
+    """
     conv: Any = original.get_submodule(site.name)
-    moments = Moments.zeros(Shape.of(conv), conv.weight.device)
+    dims = len(conv.kernel_size)
+    moments = Moments.zeros(Shape.of(conv), conv.weight.device, gram=before is None)
     for batch in inputs:
-        wanted = _record(original, site, batch, inputs=False)
-        given = _record(converted, site, batch, inputs=True)
-        for u, y in zip(given, wanted, strict=True):
+        if site.sequel.summed:
+            (_, y, old), (u, _, new) = (
+                _beside(model, site, batch) for model in (original, converted)
+            )
+            pairs, beside = [(u, y)], (old, new)
+        else:
+            wanted = _record(original, site, batch, inputs=False)
+            given = _record(converted, site, batch, inputs=True)
+            pairs, beside = list(zip(given, wanted, strict=True)), None
+        for u, y in pairs:
+            if site.sequel.matters:
+                y = site.sequel.goal(y, None if form is None else form(u), beside, dims)
             moments.add(*samples(conv, u, y, POSITIONS, seed))
-    return checked(moments.reduced(), site)
+    moments = moments.reduced()
+    if before is not None:  # of the same inputs
+        moments = dataclasses.replace(moments, gram=before.gram)
+    return checked(moments, site)
 
 
 @torch.no_grad()
@@ -267,7 +227,7 @@ def survey(
 
         return conv, hook
 
-    with _hooked([gather(site) for site in sites]):
+    with hooked([gather(site) for site in sites]):
         for batch in inputs:
             model(batch)
     return {site.name: checked(found[site.name].reduced(), site) for site in sites}
@@ -281,109 +241,6 @@ def checked(moments: Moments, site: Site) -> Moments:
             "inputs; check the inputs and the weights before it"
         )
     return moments
-
-
-def fisher(
-    model: nn.Module, sites: Sequence[Site], inputs: Iterable[Tensor], seed: int
-) -> dict[str, Tensor]:
-    """Summed outer products of the gradients at each layer's outputs, per network input.
-
-    The gradients are of the log-probability of labels drawn from the network's own outputs, so
-    their second moment is the Fisher information: half its product with the second moment of a
-    small error is the KL divergence that the error causes. Kronecker-factored as in Martens and
-    Grosse (2015). Outputs that are no logits are taken as the mean of a Gaussian of their own
-    energy, so that the divergence is the relative squared error.
-
-    Returns:
-        `[G, N, N]` per layer, in float64.
-    """
-    if not sites:
-        return {}
-    sums: dict[str, Tensor] = {}
-    outputs: dict[str, list[Tensor]] = {}
-    count = 0
-
-    def keep(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:
-                output = output.requires_grad_()
-            outputs.setdefault(name, []).append(output)
-            return output.clone()  # an activation in place would write over what is differentiated
-
-        return hook
-
-    with _hooked((model.get_submodule(site.name), keep(site.name)) for site in sites):
-        for batch in inputs:
-            generator = torch.Generator().manual_seed(seed)
-            for part in batch[:GRADIENTS].split(GRADIENTS // 2):
-                outputs.clear()
-                with torch.enable_grad():
-                    value = _surprise(model(part), generator)
-                names = [name for name, seen in outputs.items() for _ in seen]
-                wanted = [output for seen in outputs.values() for output in seen]
-                slopes = torch.autograd.grad(value, wanted, allow_unused=True)
-                for name, slope in zip(names, slopes, strict=True):
-                    if slope is not None:
-                        sums[name] = sums.get(name, 0) + _outer(slope, model.get_submodule(name))
-                count += len(part)
-    total = torch.tensor(float(count), dtype=torch.float64)
-    summed(total, *(sums[name] for name in sorted(sums)))
-    return {name: value / total.item() for name, value in sums.items()}
-
-
-def _outer(slope: Tensor, conv: Any) -> Tensor:
-    channels = slope.movedim(-1 - len(conv.kernel_size), 0).flatten(1).double()
-    grouped = channels.unflatten(0, (conv.groups, -1))
-    product: Tensor = grouped @ grouped.mT
-    return product
-
-
-def _surprise(output: Any, generator: torch.Generator) -> Tensor:
-    flat = tensors(output)
-    if is_logits(output):
-        logits = flat[0]
-        labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)
-        return F.cross_entropy(logits, labels[:, 0].to(logits.device), reduction="sum")
-    total = torch.zeros(())
-    for tensor in flat:
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-        energy = tensor.detach().square().sum() / len(tensor)
-        total = total.to(tensor) + (noise * tensor).sum() * (2 / energy.clamp_min(1e-30)).sqrt()
-    return total
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output, however it is nested."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = output.values()
-    elif not isinstance(output, Sequence) or isinstance(output, str):
-        return []
-    return [tensor for part in output for tensor in tensors(part)]
-
-
-def is_logits(output: Any) -> bool:
-    """Whether an output is one score per class, `[N, classes]`."""
-    return isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
-
-
-@torch.no_grad()
-def divergence(converted: nn.Module, original: nn.Module, inputs: Iterable[Tensor]) -> float:
-    """How far the outputs moved: mean KL divergence of logits, else relative squared error."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for batch in inputs:
-        old, new = original(batch), converted(batch)
-        if is_logits(old):
-            old, new = old.double().log_softmax(1), new.double().log_softmax(1)
-            sums[0] += F.kl_div(new, old, log_target=True, reduction="sum").item()
-            sums[1] += len(old)
-        else:
-            for a, b in zip(tensors(old), tensors(new), strict=True):
-                sums[0] += (a.double() - b.double()).square().sum().item()
-                sums[1] += a.double().square().sum().item()
-    summed(sums)
-    return (sums[0] / sums[1].clamp_min(1e-300)).item()
 
 
 def replaced(model: nn.Module, names: Iterable[str], module: nn.Module) -> nn.Module:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .calibration import Inputs
 from .moments import summed
-from .sites import Inputs
 
-ENOUGH, WORK = 512, 5e10
+ENOUGH, WORK = 1024, 5e10
 """inputs that the moments see, variations among them, by as many variations of each as fit in; and
 the most multiply-adds that a pass of the original network over them may take"""
 REACH = 1 / 16
@@ -46,11 +46,12 @@ class Varied:
 
 
 def varied(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each input, blend it with another, and change its contrast and add noise, a little.
+    """Shift each input a little, mix it with others, change its contrast and add noise, a little.
 
     Args:
         batch: `[N, ...]`, floating-point; the dimensions after the second are extents.
-        others: what each is blended with, `[N, ...]` (Zhang et al. 2018, arXiv:1710.09412).
+        others: what each is blended with, `[N, ...]` (Zhang et al. 2018, arXiv:1710.09412); the
+            next of them lends it a box (Yun et al. 2019, arXiv:1905.04899).
         generator: of all draws.
     """
 
@@ -62,17 +63,23 @@ def varied(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     for dim in range(2, batch.dim()):
         reach = REACH * batch.shape[dim]
         result = _shifted(result, dim, drawn(-reach, reach))
-    result = blended(result, others, generator)
+    result = result.lerp(others, drawn(0, 1))
+    result = _boxed(result, others.roll(1, 0), generator)
     mean = result.flatten(1).mean(1).view(-1, *[1] * (batch.dim() - 1))
     result = mean + (result - mean) * drawn(1 - CONTRAST, 1 + CONTRAST)
     noise = torch.randn(batch.shape, generator=generator).to(batch)
     return result + batch.std(correction=0) * drawn(0, NOISE) * noise
 
 
-def blended(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
-    """Blend each input with another, in any shares."""
-    weight = torch.rand(len(batch), generator=generator).to(batch)
-    return batch.lerp(others, weight.view(-1, *[1] * (batch.dim() - 1)))
+def _boxed(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Put a box of another input over each, of any size and place."""
+    inside = torch.ones(len(batch), *[1] * (batch.dim() - 1), dtype=torch.bool)
+    for dim in range(2, batch.dim()):
+        ends = torch.rand(2, len(batch), *[1] * (batch.dim() - 1), generator=generator)
+        places = torch.arange(batch.shape[dim]).add(0.5).div(batch.shape[dim])
+        places = places.view(-1, *[1] * (batch.dim() - 1 - dim))
+        inside = inside & (ends.amin(0) <= places) & (places < ends.amax(0))
+    return torch.where(inside.to(batch.device), others, batch) if batch.dim() > 2 else batch
 
 
 def _shifted(batch: Tensor, dim: int, amount: Tensor) -> Tensor:

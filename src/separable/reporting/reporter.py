@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion import Report as Conversion
+from ..conversion.calibration import Inputs
 from ..conversion.converting import frontier as converted_within
 from ..conversion.plans import Budget, NothingToConvert
-from ..conversion.sites import Inputs, divergence, frozen_copy, is_logits, tensors
+from ..conversion.sensitivity import divergence, is_logits, tensors
+from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
 from ..failures import in_a_line
