@@ -16,6 +16,7 @@ from separable.runtime.emit.chain import ChainTile
 from separable.runtime.emit.conv import Conv
 from separable.runtime.emit.expression import ACTIVATIONS, operand
 from separable.runtime.emit.kernel import Kernel
+from separable.runtime.emit.relayout import Relayout
 from separable.runtime.emit.window import Window
 from separable.runtime.fusing import stage_tile
 from separable.runtime.machine import Machine, host
@@ -48,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Case:
-    """Stages, and how they are cut."""
+    """Stages, and how they are cut; `gathers` and `scatters` if they begin and end with NCHW."""
 
     layers: tuple[Layer, ...]
     batch: int = 1
@@ -57,6 +58,9 @@ class Case:
     rows: int = 2
     bands: int = 100
     residual: bool = False
+    gathers: bool = False
+    scatters: bool = False
+    gap: int = 0  # floats between rows of NCHW
 
 
 def depthwise(kernel: int = 3, stride: int = 1, **named: object) -> Layer:
@@ -71,6 +75,8 @@ def pointwise(out: int, epilogue: str = "relu") -> Layer:
 
 PAIR = (depthwise(), pointwise(24))
 BLOCK = (pointwise(48, "relu6"), depthwise(epilogue="relu6"), pointwise(16, "hardtanh"))
+REGULAR = (Layer(24, (3, 3), (1, 1), (1, 1)),)
+BOTH = {"gathers": True, "scatters": True}
 
 CASES = {
     "pair": Case(PAIR),
@@ -108,8 +114,39 @@ CASES = {
         (Layer(16, (3, 3), (2, 2), (1, 1)), depthwise(), pointwise(24)), channels=3,
         size=(17, 18), bands=2,
     ),
+    "gathered": Case(PAIR, gathers=True, bands=2, channels=19),
+    "scattered": Case((depthwise(), pointwise(23)), scatters=True, bands=2),
+    "gathered-and-scattered": Case(PAIR, **BOTH, size=(20, 37), channels=64, rows=3),
+    "gathered-residual": Case(PAIR, gathers=True, residual=True, bands=1),
+    "gathered-window": Case((depthwise(),), gathers=True, channels=33, rows=1),
+    "scattered-window": Case((depthwise(multiplier=2),), scatters=True, channels=33, bands=1),
+    "regular": Case(REGULAR, **BOTH, channels=32, size=(19, 18), bands=2),
+    "regular-gathered": Case(REGULAR, gathers=True, channels=35, size=(6, 40), rows=1),
+    "regular-scattered": Case(REGULAR, scatters=True, batch=2, bands=1),
+    "regular-5x5-stride-2": Case(
+        (Layer(40, (5, 5), (2, 2), (2, 2)),), **BOTH, batch=2, channels=17, size=(17, 15), bands=1
+    ),
+    "regular-many-panels": Case((Layer(300, (3, 3), (1, 1), (1, 1)),), **BOTH, size=(7, 7)),
+    "product": Case((pointwise(47),), **BOTH, batch=2, channels=31, size=(9, 16), bands=1),
+    "block-both": Case(BLOCK, **BOTH, batch=2, size=(13, 21), rows=4, bands=2),
+    "block-rows-apart": Case(BLOCK, **BOTH, size=(9, 21), gap=3, channels=20),
+    "narrow-rows-apart": Case(BLOCK, **BOTH, size=(9, 5), gap=2, channels=5, bands=1),
+    "one-column": Case(PAIR, **BOTH, size=(23, 1), channels=3, rows=5, bands=2),
+    "one-row": Case(PAIR, **BOTH, size=(1, 45)),
+    "one-pixel-both": Case(PAIR, **BOTH, size=(1, 1), channels=70),
+    "one-channel-both": Case((depthwise(), pointwise(1)), **BOTH, channels=1, bands=1, rows=1),
+    "gathered-page": Case((depthwise(), pointwise(8)), **BOTH, channels=1024, size=(5, 4)),
+    "padded-product": Case((depthwise(), Layer(20, padding=(2, 0)), depthwise()), bands=2),
+    "padded-product-both": Case((Layer(20, padding=(1, 3)),), **BOTH, bands=2),
     "two-windows": Case((depthwise(), pointwise(12), depthwise(5), pointwise(9)), bands=2),
 }  # fmt: skip
+
+
+def relayout(batch: int, size: tuple[int, int], channels: int, gap: int, gathers: bool) -> Relayout:
+    (h, w), row = size, size[1] + gap
+    planes = (channels * h * row, row, 1, h * row)
+    pixels = (h * w * channels, w * channels, channels, 1)
+    return Relayout(batch, size, channels, *((planes, pixels) if gathers else (pixels, planes)))
 
 
 def check(case: Case, machine: Machine, special: bool = False) -> None:
@@ -123,8 +160,11 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
         x.view(-1)[:: max(1, x.numel() // 5)] = float("nan")
         x.view(-1)[1 :: max(2, x.numel() // 3)] = float("inf")
     size, channels = case.size, case.channels
-    stages: list[Conv | Window] = []
+    stages: list[Conv | Window | Relayout] = []
     parameters = []
+    if case.gathers:
+        stages.append(relayout(case.batch, size, channels, case.gap, gathers=True))
+        parameters.append(None)
     for number, layer in enumerate(case.layers):
         out_size, out = layer.sizes(size), layer.out or channels * layer.multiplier
         extras, epilogue = (), ACTIVATIONS[layer.epilogue](operand(0))
@@ -155,31 +195,41 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
         # Results of a size that float32 sums exactly enough at every stage.
         parameters.append((weight / weight[0].numel() ** 0.5, random(out)))
         size, channels = out_size, out
+    if case.scatters:
+        stages.append(relayout(case.batch, size, channels, case.gap, gathers=False))
+        parameters.append(None)
     extra = random(case.batch, channels, *size)
     chain = kernel_file.joined(stages)
     tiles = tuple(stage_tile(stage, machine) for stage in chain.stages)
     tile = ChainTile(tiles, min(case.rows, size[0]), case.bands)
-    operands = [x.permute(0, 2, 3, 1).contiguous()]
-    for stage, stage_cut, (weight, bias) in zip(chain.stages, tiles, parameters, strict=True):
+    operands = [F.pad(x, (0, case.gap)) if case.gathers else x.permute(0, 2, 3, 1).contiguous()]
+    for stage, stage_cut, pair in zip(chain.stages, tiles, parameters, strict=True):
         if isinstance(stage, Conv):
             assert stage_cut
-            operands += conv.pack(stage, stage_cut, machine, weight, bias)
-        else:
-            operands += window.pack(stage, machine, weight, bias)
+            operands += conv.pack(stage, stage_cut, machine, *pair)
+        elif isinstance(stage, Window):
+            operands += window.pack(stage, machine, *pair)
     if case.residual:
         operands.append(extra.permute(0, 2, 3, 1).contiguous())
     floats = kernel_file.scratch_size(chain, tile.rows)
     scratch = torch.full((floats + 2 * GUARD,), float("nan"))
     scratch[:GUARD] = scratch[-GUARD:] = 123.0
     operands.append(scratch[GUARD:-GUARD])
-    y = run(Kernel(chain, machine, tile), operands, extra.numel())
+    gap = case.gap if case.scatters else 0
+    y = run(Kernel(chain, machine, tile), operands, extra.numel() // size[1] * (size[1] + gap))
     assert bool((scratch[:GUARD] == 123.0).all()), "wrote before its buffers"
     assert bool((scratch[-GUARD:] == 123.0).all()), "wrote behind its buffers"
-    y = y.view(case.batch, *size, channels).permute(0, 3, 1, 2)
+    if case.scatters:
+        y = y.view(case.batch, channels, size[0], size[1] + gap)
+        assert bool(y[..., size[1] :].isnan().all()), "wrote between its rows"
+        y = y[..., : size[1]]
+    else:
+        y = y.view(case.batch, *size, channels).permute(0, 3, 1, 2)
 
     def plain(dtype: torch.dtype) -> torch.Tensor:
         value = x.to(dtype)
-        for layer, stage, (weight, bias) in zip(case.layers, stages, parameters, strict=True):
+        filters = [pair for pair in zip(stages, parameters, strict=True) if pair[1]]
+        for layer, (stage, (weight, bias)) in zip(case.layers, filters, strict=True):
             value = F.conv2d(
                 value, weight.to(dtype), bias.to(dtype), layer.stride, layer.padding,
                 layer.dilation, 1 if layer.out else value.shape[1],
@@ -216,7 +266,8 @@ def test_drawn_shapes(data: st.DataObject) -> None:
     padding = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
     channels = st.integers(1, 70)
     window = Layer(0, kernel, stride, padding, dilation, draw(st.integers(1, 2)))
-    before, after = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    # Of the stages beside the window, one at least is there.
+    before, after, gathers, scatters = draw(st.tuples(*[st.booleans()] * 4).filter(any))
     layers = (
         *([pointwise(draw(channels))] if before else []),
         window,
@@ -234,7 +285,35 @@ def test_drawn_shapes(data: st.DataObject) -> None:
             size=(size[0], size[1]),
             rows=draw(st.integers(1, 5)),
             bands=draw(st.integers(1, 4)),
-            residual=draw(st.booleans()),
+            residual=draw(st.booleans()) and not scatters,
+            gathers=gathers,
+            scatters=scatters,
+            gap=draw(st.sampled_from([0, 0, 1, 5])),
+        ),
+        host(),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_drawn_regular_shapes(data: st.DataObject) -> None:
+    draw = data.draw
+    k, stride = draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2))
+    if k == 1:
+        stride = 1
+    gathers, scatters = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    layer = Layer(draw(st.integers(1, 70)), (k, k), (stride, stride), (k // 2, k // 2))
+    check(
+        Case(
+            (layer,),
+            batch=draw(st.integers(1, 2)),
+            channels=draw(st.integers(1, 70)),
+            size=(draw(st.integers(1, 12)), draw(st.integers(1, 40))),
+            rows=draw(st.integers(1, 5)),
+            bands=draw(st.integers(1, 4)),
+            gathers=gathers,
+            scatters=scatters,
+            gap=draw(st.sampled_from([0, 0, 1, 5])),
         ),
         host(),
     )

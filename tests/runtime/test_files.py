@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import separable
-from separable.runtime import CompiledModel, jit
+from separable.runtime import CompiledModel, fusing, jit
 from separable.runtime.emit.kernel import Kernel
 from separable.runtime.emit.resample import Resample, table
 from separable.runtime.execute import Program
@@ -80,6 +80,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("saved") / "model"
     separable.compile(Everything().eval(), torch.randn(2, 3, 20, 20), threads=2).save(file)
+    return file.read_bytes()
+
+
+class Layers(nn.Module):
+    """Layers on their own: chains that begin and end with a change of layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.regular = nn.Conv2d(20, 24, 3, 2, 1)
+        self.separable = separable.nn.SeparableConv2d(20, 18, 3, padding=1)
+        self.pointwise = nn.Conv2d(20, 17, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.regular(x), self.separable(x), self.pointwise(x)
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("layers") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusing, "cycles_alone", lambda *_: 1e12)
+        separable.compile(Layers().eval(), torch.randn(2, 20, 9, 11), threads=2).save(file)
     return file.read_bytes()
 
 
@@ -173,8 +195,9 @@ def without(entries: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("_no_native_code")
-def test_hostile_headers(saved: bytes, tmp_path: Path) -> None:
-    content, rest = split(saved)
+@pytest.mark.parametrize("file", ["saved", "layers"])
+def test_hostile_headers(file: str, saved: bytes, layers: bytes, tmp_path: Path) -> None:
+    content, rest = split({"saved": saved, "layers": layers}[file])
     passed = set()
     for at, header in variants(nested(content["header"])):
         try:
@@ -185,7 +208,7 @@ def test_hostile_headers(saved: bytes, tmp_path: Path) -> None:
             passed.add(next(key for key in reversed(at) if isinstance(key, str)))
     # Names, what vouches for code (and so does no more), numbers of the arithmetic, and steps of
     # filters whose taps are then outside the image.
-    allowed = "key signatures layer name kind shape absorbed epilogue stride padding dilation"
+    allowed = "key signatures layer name kind shape absorbed epilogue stride padding dilation bands"
     assert passed <= {*allowed.split(), "extra_strides"}
     for format in (0, 1, "x", None):
         with pytest.raises(ValueError, match="has format"):
@@ -193,6 +216,36 @@ def test_hostile_headers(saved: bytes, tmp_path: Path) -> None:
     for foreign in ([], 3, {"format": content["format"]}):
         with pytest.raises(ValueError, match="no valid model"):
             load(joined(foreign, rest), tmp_path)
+
+
+@pytest.mark.usefixtures("_no_native_code")
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (0, {"x_strides": [1980, 1, 9, 99]}),  # lines in which pixels are not neighbours
+        (0, {"x_strides": [1980, 12, 1, 99]}),  # one row too far
+        (0, {"x_strides": [1980, 11, 1]}),
+        (0, {"y_strides": [0, 220, 20, 2]}),  # nor channels, in the buffer
+        (0, {"channels": 21}),
+        (0, {"size": [10, 11]}),
+        (0, {"batch": 3}),
+        (-1, {"y_strides": [1782, 1, 9, 99]}),  # nor here
+        (-1, {"y_strides": [1782, 11, 1, 100]}),  # the last channel leaves its buffer
+        (-1, {"y_strides": [1782, 11, 1, 1]}),  # results overlap
+        (-1, {"x_strides": [0, 198, 18, 11]}),
+        (-1, {"kernel": [1, 1]}),
+    ],
+)
+def test_tampered_layouts(
+    stage: int, changes: dict[str, Any], layers: bytes, tmp_path: Path
+) -> None:
+    content, rest = split(layers)
+    header = nested(content["header"])
+    (chain,) = (stages for stages, _ in header["kernels"] if len(stages) == 4)
+    assert chain[stage][0] == "Relayout"
+    chain[stage][1].update(changes)
+    with pytest.raises(ValueError, match="describes no valid model"):
+        load(joined({"format": content["format"], "header": flat(header)}, rest), tmp_path)
 
 
 def test_one_sample_of_a_batch(saved: bytes, tmp_path: Path) -> None:
@@ -280,9 +333,11 @@ def look(value: Any, at: tuple[Any, ...]) -> Any:
     return value
 
 
-def test_accepted_descriptions_stay_in_their_memory(saved: bytes) -> None:
+@pytest.mark.parametrize("file", ["saved", "layers"])
+def test_accepted_descriptions_stay_in_their_memory(file: str, saved: bytes, layers: bytes) -> None:
     # `run` gives each operand just what `footprints` says, before a page that cannot be touched.
-    texts, draws = split(saved)[0]["header"]["kernels"], random.Random(0)
+    content, _ = split({"saved": saved, "layers": layers}[file])
+    texts, draws = content["header"]["kernels"], random.Random(0)
     for _ in range(int(os.environ.get("SEPARABLE_CRAFTED", "40"))):
         kernel = None
         while kernel is None or max(footprints(kernel)) > 1_000_000:

@@ -14,6 +14,7 @@ from . import jit
 from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.kernel import Description, Kernel
+from .emit.relayout import Relayout
 from .emit.window import Window
 from .execute import Program
 from .memory import Buffer
@@ -205,6 +206,8 @@ def _operation(does: Description) -> str:
         return " + ".join(map(_operation, does.stages))
     if isinstance(does, Conv):
         return "pointwise" if does.kernel == (1, 1) else "×".join(map(str, does.kernel))
+    if isinstance(does, Relayout):
+        return "layout"
     kind = getattr(does, "kind", "")
     if isinstance(does, Window):
         return {"conv": "depthwise", "max": "max pool", "mean": "average pool"}[kind]

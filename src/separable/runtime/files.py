@@ -35,6 +35,7 @@ from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
+from .emit.relayout import Relayout
 from .emit.resample import ENTRY, Resample
 from .emit.window import Window
 from .execute import Program
@@ -47,7 +48,7 @@ _MAGIC = b"separable-runtime"
 _FORMAT = 2
 _DIGEST = hashlib.sha256
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Conv, Window, Map, Mean, Rows, Resample)
+    kind.__name__: kind for kind in (Conv, Window, Relayout, Map, Mean, Rows, Resample)
 }
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
 _MOST_THREADS = 1024

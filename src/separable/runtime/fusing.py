@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .emit import chain as chains
+from .emit import relayout
 from .emit.chain import Chain, ChainTile, Stage
 from .emit.conv import Conv, ConvTile
 from .emit.driver import MOST_ARGUMENTS
-from .emit.kernel import Kernel
+from .emit.elementwise import Map, transposed_axis
+from .emit.expression import operand
+from .emit.kernel import Description, Kernel
+from .emit.relayout import Relayout
 from .emit.tiling import even_sizes
 from .emit.window import Window
 from .graph import Node
@@ -26,7 +30,7 @@ from .memory import Buffer
 from .steps import Step
 from .tiles import block_cycles, choose_tile
 
-_LONGEST = 3  # stages of a chain
+_LONGEST = 3  # convolutions in a chain
 _TASKS_PER_THREAD = 4
 # Cycles per byte of what does not stay in the L2 cache, and of rows that move within it.
 _WRITE, _READ, _MOVE = 0.06, 0.04, 0.06
@@ -53,7 +57,7 @@ def _best_cut(path: list[Step], machine: Machine, threads: int) -> list[Step]:
     best: list[tuple[float, list[Step]]] = [(0.0, [])]
     for end in range(1, len(path) + 1):
         options = []
-        for start in range(max(0, end - _LONGEST), end):
+        for start in range(max(0, end - _LONGEST - 2), end):
             cycles, steps = best[start]
             option = _option(path[start:end], machine, threads)
             if option:
@@ -112,49 +116,65 @@ def _readers(steps: Sequence[Step]) -> dict[Step, Step]:
 
 
 def _is_stage(*steps: Step) -> bool:
-    return all(
-        step.kernel
-        and (isinstance(step.kernel.does, Window) or
-             (isinstance(step.kernel.does, Conv) and step.kernel.does.groups == 1))
-        for step in steps
-    )  # fmt: skip
+    def can_be(does: Description) -> bool:
+        if isinstance(does, Map):
+            return does.epilogue == operand(0) and transposed_axis(does) is not None
+        return isinstance(does, Window) or (isinstance(does, Conv) and does.groups == 1)
+
+    return all(step.kernel and can_be(step.kernel.does) for step in steps)
 
 
 def chain_of(steps: Sequence[Step]) -> Chain | None:
     """The chain that computes what some steps do, or `None` if there is none."""
-    stages: list[Stage] = []
-    for step in steps:
-        assert step.kernel
-        assert isinstance(step.kernel.does, Conv | Window)
-        stages.append(step.kernel.does)
-    # Pointwise convolutions are scheduled as one row of pixels; windows know the images.
-    aware = (isinstance(stage, Window) or stage.kernel != (1, 1) for stage in stages)
-    known = next((i for i, one in enumerate(aware) if one), None)
-    if known is None:
+    stages = _as_images([step.kernel.does for step in steps if step.kernel])
+    if stages is None:
         return None
-    for i in [*range(known - 1, -1, -1), *range(known + 1, len(stages))]:
-        beside = stages[i + 1] if i < known else stages[i - 1]
-        image = _as_image(stages[i], beside.batch, beside.in_size if i < known else beside.size)
-        if image is None:
-            return None
-        stages[i] = image
     arguments = 3 + sum(len(step.arguments) - 2 for step in steps)
     if arguments > MOST_ARGUMENTS or any(stage.extra_strides for stage in stages[:-1]):
         return None
     for before, after in itertools.pairwise(stages):
         sizes = (before.batch, *before.size)
-        walks = zip(sizes, before.y_strides, after.x_strides[:3], strict=True)
-        channels = after.channels[0] if isinstance(after, Conv) else after.channels
-        if before.size != after.in_size or chains.outputs(before) != channels:
+        walks = zip(sizes, before.y_strides[:3], after.x_strides[:3], strict=True)
+        if before.size != after.in_size or chains.outputs(before) != chains.inputs(after):
             return None
         if any(size > 1 and a != b for size, a, b in walks):
             return None
     return chains.joined(stages)
 
 
-def _as_image(stage: Stage, batch: int, size: tuple[int, int]) -> Stage | None:
-    """A stage with the batch and height and width of its images."""
-    if (stage.batch, stage.size) == (batch, size) or isinstance(stage, Window):
+def _as_images(does: Sequence[Description]) -> list[Stage] | None:
+    """Stages with the batch, height and width of their images; `None` if they make no chain."""
+    copies = [isinstance(one, Map) for one in does]
+    if any(copies[1:-1]) or not 1 <= copies.count(False) <= _LONGEST:
+        return None
+    # Pointwise convolutions are scheduled as one row of pixels; windows know the images. Where
+    # there is none, pixels can be cut into any rows.
+    for one in does:
+        if isinstance(one, Window) or (isinstance(one, Conv) and one.kernel != (1, 1)):
+            batch, size = one.batch, one.in_size
+            break
+    else:
+        copy = does[0] if copies[0] else does[-1]
+        if not isinstance(copy, Map):
+            return None
+        batch, size = relayout.rows(copy, gathers=copies[0])
+    stages: list[Stage] = []
+    for i, one in enumerate(does):
+        if isinstance(one, Map):
+            stage: Stage | None = relayout.of_map(one, batch, size, gathers=i == 0)
+        else:
+            assert isinstance(one, Conv | Window)
+            stage = _as_image(one, batch, size)
+        if stage is None or stage.batch != batch:
+            return None
+        stages.append(stage)
+        size = stage.size
+    return stages
+
+
+def _as_image(stage: Conv | Window, batch: int, size: tuple[int, int]) -> Stage | None:
+    """A stage that reads images of this batch, height and width."""
+    if (stage.batch, stage.in_size) == (batch, size) or isinstance(stage, Window):
         return stage
     h, w = size
     if stage.kernel != (1, 1) or (stage.batch, *stage.size) != (1, 1, batch * h * w):
@@ -239,7 +259,9 @@ def chained_cycles(chain: Chain, tile: ChainTile, machine: Machine, threads: int
         overlap = overlap * stage.stride[0] + max(0, chains.reach(stage) - stage.stride[0])
     # Input and output rows pass through the cache, too, and heavy weights with every band.
     weights = sum(_weight_bytes(stage) for stage in stages)
-    passing = tile.rows * (last.y_strides[1] + stages[0].x_strides[1])
+    cycles += (bands - 1) * max(0, weights - machine.l2 // 2) * _READ
+    widths = (stages[0].in_size[1] * chains.inputs(stages[0]), last.size[1] * chains.outputs(last))
+    passing = tile.rows * sum(widths)
     room = machine.l2 * (0.75 if weights < machine.l2 // 2 else 0.5)
     if 4 * (chains.scratch_size(chain, tile.rows) + passing) > room:
         between = sum(_output_bytes(stage) for stage in stages[:-1])
@@ -256,11 +278,21 @@ def chained_cycles(chain: Chain, tile: ChainTile, machine: Machine, threads: int
 def cycles_alone(kernel: Kernel, threads: int) -> float:
     """Estimated cycles of a stage as a kernel of its own."""
     stage, tile, machine = kernel.does, kernel.tile, kernel.machine
-    if not isinstance(stage, Conv | Window):
+    if isinstance(stage, Map) and (axis := transposed_axis(stage)) is not None:
+        count, sides = math.prod(stage.sizes), (stage.sizes[axis], stage.sizes[-1])
+        cycles = count / math.prod(sides) * _squares(*sides, machine)
+        # It goes by channels, its neighbours by rows: of what exceeds the caches nothing is left in
+        # them, and of the rest most lies in those of other threads.
+        if 4 * count > threads * machine.l2 // 2:
+            cycles += 4 * count * (_READ + _WRITE)
+        else:
+            cycles += 4 * count * (1 - 1 / threads) * _READ
+    elif isinstance(stage, Conv | Window):
+        cut = tile if isinstance(tile, ConvTile) else None
+        cycles = stage.batch * _arithmetic(stage, cut, None, machine)
+        cycles += _passing(_input_bytes(stage), _output_bytes(stage), machine, threads)
+    else:
         return 0.0
-    cut = tile if isinstance(tile, ConvTile) else None
-    cycles = stage.batch * _arithmetic(stage, cut, None, machine)
-    cycles += _passing(_input_bytes(stage), _output_bytes(stage), machine, threads)
     return cycles / threads + _STEP * threads
 
 
@@ -293,6 +325,10 @@ def _arithmetic(
     if isinstance(stage, Window):
         vectors = -(-chains.outputs(stage) // machine.width)
         return height * width * vectors * (0.7 * math.prod(stage.kernel) + 1.5)
+    if isinstance(stage, Relayout):
+        flat = chains.is_flat(stage)
+        lines = [rows * width for rows in bands or [height]] if flat else [width] * height
+        return sum(_squares(line, stage.channels, machine) for line in lines)
     assert tile
     if bands is None or not chains.is_flat(stage):
         return height * block_cycles(stage, machine, even_sizes(width, tile.pixels), tile.vectors)
@@ -300,13 +336,19 @@ def _arithmetic(
     return block_cycles(stage, machine, [tile.pixels] * blocks, tile.vectors)
 
 
+def _squares(pixels: int, channels: int, machine: Machine) -> float:
+    """Cycles to copy so many pixels to another layout."""
+    width = machine.width
+    # A load, a store, and a shuffle per doubling of each vector of a square.
+    return -(-pixels // width) * -(-channels // width) * width * (math.log2(width) + 2)
+
+
 def _output_bytes(stage: Stage) -> int:
     return 4 * stage.batch * math.prod(stage.size) * chains.outputs(stage)
 
 
 def _input_bytes(stage: Stage) -> int:
-    channels = stage.channels[0] * stage.groups if isinstance(stage, Conv) else stage.channels
-    return 4 * stage.batch * math.prod(stage.in_size) * channels
+    return 4 * stage.batch * math.prod(stage.in_size) * chains.inputs(stage)
 
 
 def _weight_bytes(stage: Stage) -> int:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .emit import chain, resample
-from .emit.chain import Chain, ChainTile
+from .emit import chain, relayout, resample
+from .emit.chain import Chain, ChainTile, Stage
 from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.expression import PRIMITIVES, Expression, operands_of
 from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
+from .emit.relayout import Relayout
 from .emit.resample import Resample
 from .emit.window import Window
 from .machine import Machine
@@ -103,13 +104,13 @@ def footprints(kernel: Kernel) -> list[int]:
 
 def _chain(does: Chain, kernel: Kernel) -> list[int]:
     tile, stages = kernel.tile, does.stages
-    known = all(isinstance(stage, Conv | Window) for stage in stages)
+    known = all(isinstance(stage, Stage) for stage in stages)
     if not isinstance(tile, ChainTile) or len(stages) < 2 or not known:
         raise ValueError("a chain is of several convolutions and windows, and needs a `tile`")
     first, *inner, last = stages
     _require(
         batch=all(stage.batch == first.batch for stage in stages),
-        groups=all(isinstance(stage, Window) or stage.groups == 1 for stage in stages),
+        groups=all(not isinstance(stage, Conv) or stage.groups == 1 for stage in stages),
         extra_strides=not any(stage.extra_strides for stage in stages[:-1]),
         rows=1 <= tile.rows <= last.size[0],
         bands=tile.bands >= 1,
@@ -120,15 +121,15 @@ def _chain(does: Chain, kernel: Kernel) -> list[int]:
         ),
     )
     for before, after in itertools.pairwise(stages):
-        inputs = after.channels[0] if isinstance(after, Conv) else after.channels
-        if before.size != after.in_size or chain.outputs(before) != inputs:
+        if before.size != after.in_size or chain.outputs(before) != chain.inputs(after):
             raise ValueError("a stage of a chain does not fit the one before")
     if chain.joined(stages) != does:
         raise ValueError("the buffers of a chain have strides of their own")
     # Between stages lies one image at a time; the first one's results have no other place.
     height, width, channels = *first.size, chain.outputs(first)
-    dense = (height * width * channels, width * channels, channels)
-    alone = [replace(first, y_strides=dense), *(replace(stage, batch=1) for stage in inner), last]
+    dense = height * width * channels, width * channels, channels
+    walk = dense + (1,) * isinstance(first, Relayout)
+    alone = [replace(first, y_strides=walk), *(replace(stage, batch=1) for stage in inner), last]
     parts = [
         footprints(Kernel(stage, kernel.machine, cut))
         for stage, cut in zip(alone, tile.tiles, strict=True)
@@ -209,6 +210,13 @@ def _window(does: Window, kernel: Kernel) -> tuple[list[int], int]:
     return [x, *weights, *extras, _written(out, (*does.y_strides, 1))], 1 + len(extras)
 
 
+def _relayout(does: Relayout, kernel: Kernel) -> tuple[list[int], int]:
+    sizes = (does.batch, *does.size, does.channels)
+    x, y = _reach(sizes, does.x_strides), _written(sizes, does.y_strides)
+    _require(y_strides=relayout.is_square(does))
+    return [x, y], 1
+
+
 def _map(does: Map, kernel: Kernel) -> tuple[list[int], int]:
     operands = [_reach(does.sizes, strides) for strides in does.x_strides]
     _require(sizes=len(does.sizes) >= 1)
@@ -248,6 +256,7 @@ def _resample(does: Resample, kernel: Kernel) -> tuple[list[int], int]:
 _FOOTPRINTS: dict[type, Callable[[Any, Kernel], tuple[list[int], int]]] = {
     Conv: _conv,
     Window: _window,
+    Relayout: _relayout,
     Map: _map,
     Mean: _mean,
     Rows: _rows,

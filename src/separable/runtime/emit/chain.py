@@ -7,10 +7,10 @@
           compute the rows that the band needs and that are not there yet behind them
         last stage: the band's rows
 
-A stage is a convolution or a window as it is emitted alone, written as a function of its own; it
-counts rows from the top of the image and is handed pointers that make them land in the buffer. A
-task that does not start at the top of an image computes the rows above it once more: as many as the
-windows overlap.
+A stage is a convolution, a window or a change of layout as it is emitted alone, written as a
+function of its own; it counts rows from the top of the image and is handed pointers that make them
+land in the buffer. A task that does not start at the top of an image computes the rows above it
+once more: as many as the windows overlap.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 from llvmlite import ir
 
 from ..machine import Machine
-from . import conv, window
+from . import conv, relayout, window
 from .builder import Builder, Index, Value
 from .conv import Conv, ConvTile
+from .relayout import Relayout
 from .window import Window
 
-Stage = Conv | Window
+Stage = Conv | Window | Relayout
 _PAGE = 1024  # floats: pixels this far apart compete for the same cache lines
 _LINE = 16  # floats
 
@@ -71,16 +72,21 @@ def joined(stages: Sequence[Stage]) -> Chain:
         channels = outputs(before)
         pixel = channels + (_LINE if channels % _PAGE == 0 else 0)
         walk = (0, before.size[1] * pixel, pixel)
-        result[i] = replace(result[i], y_strides=walk)
-        result[i + 1] = replace(after, x_strides=walk + (1,) * isinstance(after, Conv))
+        result[i] = replace(result[i], y_strides=walk + (1,) * isinstance(before, Relayout))
+        result[i + 1] = replace(after, x_strides=walk + (1,) * (not isinstance(after, Window)))
     return Chain(tuple(result))
+
+
+def inputs(stage: Stage) -> int:
+    """Input channels."""
+    return stage.groups * stage.channels[0] if isinstance(stage, Conv) else stage.channels
 
 
 def outputs(stage: Stage) -> int:
     """Output channels."""
     if isinstance(stage, Conv):
         return stage.groups * stage.channels[1]
-    return stage.channels * stage.multiplier
+    return stage.channels * (stage.multiplier if isinstance(stage, Window) else 1)
 
 
 def reach(stage: Stage) -> int:
@@ -90,7 +96,9 @@ def reach(stage: Stage) -> int:
 
 def is_flat(stage: Stage) -> bool:
     """Whether neighbouring rows are one longer row to this stage."""
-    if not isinstance(stage, Conv) or (stage.kernel, stage.stride) != ((1, 1), (1, 1)):
+    if isinstance(stage, Window) or (stage.kernel, stage.stride) != ((1, 1), (1, 1)):
+        return False
+    if stage.padding != (0, 0) or stage.size != stage.in_size:
         return False
     walks = (stage.x_strides[:3], stage.y_strides, *(e[:3] for e in stage.extra_strides))
     return all(walk[1] == stage.size[1] * walk[2] for walk in walks)
@@ -140,7 +148,7 @@ class _Emitter:
     def __init__(self, chain: Chain, tile: ChainTile, machine: Machine) -> None:
         self.chain, self.tile = chain, tile
         stages = chain.stages
-        weights = [2 * (not isinstance(s, Window) or s.kind == "conv") for s in stages]
+        weights = [2 * (isinstance(s, Conv) or getattr(s, "kind", "") == "conv") for s in stages]
         counts = [n + len(s.extra_strides) for n, s in zip(weights, stages, strict=True)]
         self.b = b = Builder(machine, 3 + sum(counts))
         self.x, *operands, scratch, self.y = b.pointers
@@ -163,13 +171,15 @@ class _Emitter:
         b = Builder(self.b.machine, len(self.operands[number]) + 2, self.b, name)
         if isinstance(stage, Window):
             window.define(replace(stage, batch=1), b)
+        elif isinstance(stage, Relayout):
+            relayout.define(replace(stage, batch=1), b, by_pixel=is_flat(stage))
         elif is_flat(stage):
             assert tile
             row = (1, stage.size[0] * stage.size[1])
             conv.define(replace(stage, batch=1, size=row, in_size=row), tile, b, by_pixel=True)
         else:
             assert tile
-            conv.define(replace(stage, batch=1), tile, b)
+            conv.define(replace(stage, batch=1), tile, b, by_row=True)
         b.end_body()
         return b.body
 

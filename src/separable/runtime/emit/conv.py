@@ -141,7 +141,9 @@ def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
     return b.finish()
 
 
-def define(conv: Conv, tile: ConvTile, b: Builder, by_pixel: bool = False) -> None:
+def define(
+    conv: Conv, tile: ConvTile, b: Builder, by_pixel: bool = False, by_row: bool = False
+) -> None:
     """Write the kernel into `b`.
 
     Args:
@@ -150,10 +152,14 @@ def define(conv: Conv, tile: ConvTile, b: Builder, by_pixel: bool = False) -> No
         b: a function with the kernel's arguments.
         by_pixel: let each pixel be a task, of a pointwise convolution that is one row. At least
             `tile.pixels` must be run at once; the last block may overlap the one before.
+        by_row: let each row be a task, of a convolution of one group; each panel serves all rows
+            of a call in turn.
     """
     emitter = _Emitter(conv, tile, b)
     if by_pixel:
         emitter.pixels()
+    elif by_row:
+        emitter.rows()
     else:
         b.loop(b.begin, b.end, emitter.task)
 
@@ -211,6 +217,18 @@ class _Emitter:
             b.loop(first_row, last_row, row)
 
         self.each_panel(group, share, panel)
+
+    def rows(self) -> None:
+        self.turns = 0  # these weights are read again and again, and are in the cache
+
+        def panel(panel: _Panel) -> None:
+            def row(r: Index) -> None:
+                for run in self.runs:
+                    self.row_of_blocks(run, r, 0, self.blocks, self.x, panel, 0)
+
+            self.b.loop(self.b.begin, self.b.end, row)
+
+        self.each_panel(0, 0, panel)
 
     def pixels(self) -> None:
         b, size = self.b, self.tile.pixels

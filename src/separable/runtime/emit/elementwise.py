@@ -11,7 +11,7 @@ A change of layout goes by squares of vectors, transposed in registers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,13 +127,8 @@ def _emit_transposed(map_: Map, axis: int, machine: Machine) -> str:
     others = [i for i in range(len(map_.sizes) - 1) if i != axis]
     whole, rest = divmod(map_.sizes[axis], width)
 
-    def square(source: Value, target: Value, i: Index, rows: int, columns: int) -> None:
-        lines = [b.at(source, b.mul(b.add(i, k), x_strides[-1])) for k in range(rows)]
-        vectors = [b.load(line, columns) for line in lines]
-        vectors = _transpose(b, vectors + [b.zero()] * (width - rows))
-        for k in range(columns):
-            value = expression.emit(b, map_.epilogue, dict.fromkeys([0], vectors[k]).__getitem__)
-            b.store(value, b.at(target, i, k * y_strides[axis]), rows)
+    def change(value: Value) -> Value:
+        return expression.emit(b, map_.epilogue, lambda _: value)
 
     def strip(t: Index) -> None:
         *place, number = b.split(t, [*(map_.sizes[i] for i in others), whole + (rest > 0)])
@@ -143,10 +138,15 @@ def _emit_transposed(map_: Map, axis: int, machine: Machine) -> str:
         target = b.at(y, b.add(b.dot(place, [y_strides[i] for i in others]), offset))
 
         def squares(columns: int) -> None:
+            def one(i: Index, rows: int = width) -> None:
+                start = b.at(source, b.mul(i, x_strides[-1]))
+                lines = (x_strides[-1], y_strides[axis])
+                square(b, start, b.at(target, i), lines, (rows, columns), change)
+
             last = length - length % width
-            b.loop(0, last, lambda i: square(source, target, i, width, columns), step=width)
+            b.loop(0, last, one, step=width)
             if last < length:
-                square(source, target, last, length - last, columns)
+                one(last, length - last)
 
         if not rest or not whole:
             squares(rest or width)
@@ -160,6 +160,31 @@ def _emit_transposed(map_: Map, axis: int, machine: Machine) -> str:
 
     b.loop(b.begin, b.end, strip)
     return b.finish()
+
+
+def square(
+    b: Builder,
+    source: Value,
+    target: Value,
+    lines: tuple[int, int],
+    size: tuple[int, int],
+    change: Callable[[Value], Value] = lambda value: value,
+) -> None:
+    """Copy lines to columns.
+
+    Args:
+        b: the kernel that does.
+        source: the first line.
+        target: where the first column begins.
+        lines: floats from one line to the next, in the source and in the target.
+        size: lines, and floats per line; no more than a vector of each.
+        change: made to every vector on its way.
+    """
+    count, length = size
+    vectors = [b.load(b.at(source, 0, k * lines[0]), length) for k in range(count)]
+    vectors = _transpose(b, vectors + [b.zero()] * (b.width - count))
+    for k in range(length):
+        b.store(change(vectors[k]), b.at(target, 0, k * lines[1]), count)
 
 
 def _transpose(b: Builder, rows: list[Value]) -> list[Value]:

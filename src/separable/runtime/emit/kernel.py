@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..machine import Machine
-from . import chain, conv, elementwise, reduction, resample, window
+from . import chain, conv, elementwise, reduction, relayout, resample, window
 from .chain import Chain, ChainTile
 from .conv import Conv, ConvTile
 from .elementwise import Map
 from .reduction import Mean, Rows
+from .relayout import Relayout
 from .resample import Resample
 from .window import Window
 
-Description = Conv | Window | Chain | Map | Mean | Rows | Resample
+Description = Conv | Window | Relayout | Chain | Map | Mean | Rows | Resample
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Kernel:
                 return math.prod(conv.task_grid(self.does, self.tile))
             case Window():
                 return window.tasks(self.does)
+            case Relayout():
+                return relayout.tasks(self.does)
             case Chain():
                 assert isinstance(self.tile, ChainTile)
                 return chain.tasks(self.does, self.tile)
@@ -68,6 +71,8 @@ def _ir(kernel: Kernel) -> str:
             return conv.emit(does, kernel.tile, machine)
         case Window():
             return window.emit(does, machine)
+        case Relayout():
+            return relayout.emit(does, machine)
         case Chain():
             assert isinstance(kernel.tile, ChainTile)
             return chain.emit(does, kernel.tile, machine)
