@@ -28,7 +28,7 @@ Patch = tuple[Any, str, Any]
 
 
 def _own_inputs(original: nn.Module, _: nn.Module, *rest: Any) -> Any:
-    return sites.collect(original, original, *rest)
+    return sites.Runs(original, original, *rest)
 
 
 def _tempered(surprise: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -50,7 +50,7 @@ def _plain(batch: Tensor, *_: Any) -> Tensor:
 
 FIT: dict[str, list[Patch]] = {
     "fitted once, as it is": [],
-    "inputs from the original network": [(applying, "collect", _own_inputs)],
+    "inputs from the original network": [(applying, "Runs", _own_inputs)],
     "outputs weighted alike (no Fisher)": [(fitting, "BLEND", 1.0)],
     "Fisher information of outputs over 4": [
         (sensitivity, "_surprise", _tempered(sensitivity._surprise))

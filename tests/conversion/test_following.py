@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import separable
-from separable.conversion import applying
+from separable.conversion import applying, sites
 from separable.conversion.calibration import Inputs
 from separable.conversion.following import Affine, Sequel, followed
 from separable.conversion.sensitivity import divergence
-from separable.conversion.sites import collect, frozen_copy, trace
+from separable.conversion.sites import Runs, collect, frozen_copy, trace
 
 INF = math.inf
 
@@ -219,13 +219,16 @@ def test_outputs_that_an_activation_leaves_free_are_used(residual, monkeypatch):
     assert errors[0] < 0.95 * errors[1]
 
 
-def test_moments_after_a_fit_keep_the_gram_matrix(residual):
+@pytest.mark.parametrize("kept", [True, False])
+def test_moments_after_a_fit_keep_the_gram_matrix(residual, monkeypatch, kept):
     model, inputs, _ = residual
     site = {site.name: site for site in trace(model, inputs[:2])}["0"]
-    batches = inputs[:100].split(20)
-    first = collect(model, model, site, batches, 0)
     form = nn.Conv2d(3, 12, 3)
-    again = collect(model, model, site, batches, 0, form, first)
+    monkeypatch.setattr(sites, "KEPT_BYTES", 1 << 30 if kept else 1000)
+    runs = Runs(model, model, site, inputs[:100].split(20))
+    first = collect(runs, 0)
+    assert (runs._kept is not None) == kept
+    again = collect(runs, 0, form, first)
     assert again.gram is first.gram
     torch.testing.assert_close(again.mean, first.mean)
     wanted, reached = model[0](inputs[:100]), form(inputs[:100])

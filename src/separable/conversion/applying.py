@@ -22,7 +22,7 @@ from .moments import Moments
 from .plans import Plan, Row
 from .refining import refined
 from .sensitivity import divergence, fisher
-from .sites import Site, collect, convolutions, frozen_copy, replaced, trace
+from .sites import Runs, Site, collect, convolutions, frozen_copy, replaced, trace
 from .varying import Varied
 
 ROUNDS = 2
@@ -191,11 +191,12 @@ def _settled(
             f"layer `{row.name}` never runs on the `calibration` inputs; keep it dense with "
             "`plan.edited`"
         )
-    moments = collect(original, converted, site, shown, seed)
+    runs = Runs(original, converted, site, shown)
+    moments = collect(runs, seed)
     _warn_if_few(moments.count / shown.copies, row)
     form = fitted_module(conv, row, moments, slopes)
     for _ in range(ROUNDS if site.sequel.cuts else 0):
-        moments = collect(original, converted, site, shown, seed, form, moments)
+        moments = collect(runs, seed, form, moments)
         form = fitted_module(conv, row, moments, slopes)
     return form
 

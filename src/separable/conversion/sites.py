@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from .following import NOTHING, Run, Sequel, Stop, followed
 from .forms import CONVS, TRANSPOSED, Shape
 from .moments import Moments, is_convolution, samples
 
+KEPT_BYTES = 1 << 30
+"""of a layer's inputs and outputs on all inputs that are kept for further fits"""
 POSITIONS = 256
 """positions of each input that enter a layer's moments"""
 
@@ -162,15 +164,67 @@ def _beside(model: nn.Module, site: Site, input: Tensor) -> tuple[Tensor, Tensor
     return given[0], made[0], other
 
 
+class Seen(NamedTuple):
+    """What a layer meets in a run."""
+
+    input: Tensor
+    """in the converted network"""
+    output: Tensor
+    """in the original"""
+    beside: Tensor | None = None
+    """what is added to it there"""
+    beside_now: Tensor | None = None
+    """what is added to it in the converted network"""
+
+
+class Runs:
+    """A layer's inputs in the converted network, and its outputs in the original one.
+
+    Each pass over them takes a pass of both networks over all inputs, unless they fit into memory.
+    """
+
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, site: Site, inputs: Iterable[Tensor]
+    ) -> None:
+        """Of the layer `site` on batches `inputs`; `converted` is converted up to the layer."""
+        self.conv: Any = original.get_submodule(site.name)
+        self.site = site
+        self._networks, self._inputs = (original, converted), inputs
+        self._kept: list[Seen] | None = None
+
+    def __iter__(self) -> Iterator[Seen]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Seen] = []
+        room = KEPT_BYTES
+        for batch in self._inputs:
+            for seen in self._run(batch):
+                room -= sum(4 * tensor.numel() for tensor in seen if tensor is not None)
+                if room > 0:
+                    kept.append(seen)
+                else:
+                    kept.clear()
+                yield seen
+        if room > 0:
+            self._kept = kept
+
+    def _run(self, batch: Tensor) -> Iterator[Seen]:
+        original, converted = self._networks
+        if self.site.sequel.summed:
+            (_, y, old), (u, _, new) = (
+                _beside(model, self.site, batch) for model in (original, converted)
+            )
+            yield Seen(u, y, old, new)
+            return
+        wanted = _record(original, self.site, batch, inputs=False)
+        given = _record(converted, self.site, batch, inputs=True)
+        yield from (Seen(u, y) for u, y in zip(given, wanted, strict=True))
+
+
 @torch.no_grad()
 def collect(
-    original: nn.Module,
-    converted: nn.Module,
-    site: Site,
-    inputs: Iterable[Tensor],
-    seed: int,
-    form: nn.Module | None = None,
-    before: Moments | None = None,
+    runs: Runs, seed: int, form: nn.Module | None = None, before: Moments | None = None
 ) -> Moments:
     """Moments of a layer's inputs in the converted network and of the outputs it should have.
 
@@ -178,35 +232,23 @@ def collect(
     same of other outputs, they are the nearest ones to what the layer returned after the last fit.
 
     Args:
-        original: the network.
-        converted: the same, converted up to the layer.
-        site: the layer.
-        inputs: batches.
+        runs: of the layer.
         seed: of the draw of positions.
         form: the layer as it was fitted last, if it was.
         before: the moments that it was fitted to.
     """
-    conv: Any = original.get_submodule(site.name)
-    dims = len(conv.kernel_size)
+    conv, sequel = runs.conv, runs.site.sequel
     moments = Moments.zeros(Shape.of(conv), conv.weight.device, gram=before is None)
-    for batch in inputs:
-        if site.sequel.summed:
-            (_, y, old), (u, _, new) = (
-                _beside(model, site, batch) for model in (original, converted)
-            )
-            pairs, beside = [(u, y)], (old, new)
-        else:
-            wanted = _record(original, site, batch, inputs=False)
-            given = _record(converted, site, batch, inputs=True)
-            pairs, beside = list(zip(given, wanted, strict=True)), None
-        for u, y in pairs:
-            if site.sequel.matters:
-                y = site.sequel.goal(y, None if form is None else form(u), beside, dims)
-            moments.add(*samples(conv, u, y, POSITIONS, seed))
+    for u, y, old, new in runs:
+        if sequel.matters:
+            beside = None if old is None or new is None else (old, new)
+            reached = None if form is None else form(u)
+            y = sequel.goal(y, reached, beside, len(conv.kernel_size))
+        moments.add(*samples(conv, u, y, POSITIONS, seed))
     moments = moments.reduced()
     if before is not None:  # of the same inputs
         moments = dataclasses.replace(moments, gram=before.gram)
-    return checked(moments, site)
+    return checked(moments, runs.site)
 
 
 @torch.no_grad()
