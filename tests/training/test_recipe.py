@@ -17,7 +17,7 @@ from .networks import net
 
 def grouped(recipe, network):
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    optimizer = optimizer_of(network.named_parameters(), without_decay(network), recipe, 10)
+    optimizer = optimizer_of(network.named_parameters(), without_decay(network), recipe)
     return optimizer, [
         ({names[id(p)] for p in group["params"]}, group["weight_decay"])
         for group in optimizer.param_groups
@@ -63,7 +63,7 @@ def test_adamw_and_frozen_parameters():
 
 def test_schedule_rises_linearly_and_falls_as_a_cosine():
     recipe = Recipe(lr=0.5, warmup=0.2)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.peak_lr(10))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.peak_lr)
     schedule = schedule_of(optimizer, 10, recipe)
     rates = []
     for _ in range(10):
@@ -121,10 +121,11 @@ def test_errors(options, error, words):
 
 
 def test_defaults_by_optimiser():
-    assert (Recipe().peak_lr(10), Recipe().decay) == (0.1, 1e-4)
-    assert Recipe(optimizer="adamw", lr=3).peak_lr(10) == 3.0
-    assert [Distillation().peak_lr(n) for n in (75, 300, 9000)] == [2.5e-4, 1e-3, 1e-3]
-    assert Distillation(lr=3).peak_lr(75) == 3.0
+    assert (Recipe().peak_lr, Recipe().decay) == (0.1, 1e-4)
+    assert Recipe(optimizer="adamw", lr=3).peak_lr == 3.0
+    assert Distillation().peak_lr == pytest.approx(3e-4)
+    assert Distillation(optimizer="sgd").peak_lr == pytest.approx(0.03)
+    assert Distillation(lr=3).peak_lr == 3.0
     assert Recipe(mean=0.5).mean == (0.5,)
     assert Recipe(devices=2).devices == "2"
 

@@ -66,7 +66,7 @@ class Learning(LightningModule):
         feeding: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         batches = len(feeding.train_dataloader())
         steps = self.recipe.epochs * math.ceil(batches / self.recipe.accumulate)
-        optimizer = optimizer_of(named, self.plain, self.recipe, steps)
+        optimizer = optimizer_of(named, self.plain, self.recipe)
         scheduler = schedule_of(optimizer, steps, self.recipe)
         return {
             "optimizer": optimizer,

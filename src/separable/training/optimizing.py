@@ -35,7 +35,7 @@ def without_decay(network: nn.Module) -> set[str]:
 
 
 def optimizer_of(
-    parameters: Iterable[tuple[str, nn.Parameter]], plain: set[str], recipe: Recipe, steps: int
+    parameters: Iterable[tuple[str, nn.Parameter]], plain: set[str], recipe: Recipe
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimiser.
 
@@ -43,7 +43,6 @@ def optimizer_of(
         parameters: with their names; those that need no gradient are left out.
         plain: names of those without weight decay.
         recipe: optimiser, peak rate, momentum and decay.
-        steps: of the training.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": recipe.decay},
@@ -53,7 +52,7 @@ def optimizer_of(
         if parameter.requires_grad:
             groups[name in plain]["params"].append(parameter)
     groups = [group for group in groups if group["params"]]
-    lr = recipe.peak_lr(steps)
+    lr = recipe.peak_lr
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr)
     return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
