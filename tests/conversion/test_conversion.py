@@ -488,3 +488,16 @@ def test_two_processes_find_what_one_does(model, inputs, tmp_path):
         assert chosen == [(r.name, r.form, r.rank) for r in alone.report.plan.rows]
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda(model, inputs):
+    slim = separable.convert(model, inputs, "macs=0.5", progress=False)
+    moved = copy.deepcopy(model).cuda()
+    found = separable.convert(moved, inputs, "macs=0.5", progress=False)
+    assert {p.device.type for p in found.parameters()} == {"cuda"}
+    assert found.report.plan.macs <= 0.5
+    # rounding may tip ranks, so what is compared is how near both come
+    here = divergence(slim, model, inputs.split(16))
+    there = divergence(found, moved, inputs.cuda().split(16))
+    assert there < 1.5 * here + 1e-4
