@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .sites import convolutions, hooked
+from .following import hooked
+from .sites import convolutions
 
 BATCH = 32
 """inputs per batch where the calibration inputs come one by one"""

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -214,6 +214,17 @@ class _Follower(TorchFunctionMode):
 
 
 @contextmanager
+def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Run a hook after each run of a module, within."""
+    handles = [module.register_forward_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def followed(
     model: nn.Module, names: Iterable[str], *, keep: bool = True, until_sum: bool = False
 ) -> Iterator[dict[str, list[Run]]]:
@@ -237,15 +248,9 @@ def followed(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(starter(name)) for name in runs]
-    try:
-        with follower:
-            yield runs
-    except Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    starters = ((model.get_submodule(name), starter(name)) for name in runs)
+    with suppress(Stop), hooked(starters), follower:
+        yield runs
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, Tensor] | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .following import hooked
 from .moments import summed
-from .sites import Site, hooked
+from .sites import Site
 
 GRADIENTS = 16
 """inputs of each batch that enter the gradients"""

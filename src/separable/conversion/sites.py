@@ -1,18 +1,17 @@
-"""A network's convolutions: where they are, what they see, how much their outputs matter."""
+"""A network's convolutions: where they are, what they see, what follows them."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .following import NOTHING, Run, Sequel, Stop, followed
+from .following import NOTHING, Run, Sequel, Stop, followed, hooked
 from .forms import CONVS, TRANSPOSED, Shape
 from .moments import Moments, is_convolution, samples
 
@@ -103,17 +102,6 @@ def _length(input: Tensor | None) -> int:
     return 1 if input is None else len(input)
 
 
-@contextmanager
-def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Run a hook after each run of a module, within."""
-    handles = [module.register_forward_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _record(model: nn.Module, site: Site, input: Tensor, inputs: bool) -> list[Tensor]:
     """The inputs or outputs of a site's runs in one pass, which ends with the last of them."""
@@ -180,7 +168,8 @@ class Seen(NamedTuple):
 class Runs:
     """A layer's inputs in the converted network, and its outputs in the original one.
 
-    Each pass over them takes a pass of both networks over all inputs, unless they fit into memory.
+    Each pass over them takes a pass of both networks over all inputs; those of a layer that is
+    fitted again are kept where they fit into memory.
     """
 
     def __init__(
@@ -197,10 +186,10 @@ class Runs:
             yield from self._kept
             return
         kept: list[Seen] = []
-        room = KEPT_BYTES
+        room = KEPT_BYTES if self.site.sequel.cuts else 0
         for batch in self._inputs:
             for seen in self._run(batch):
-                room -= sum(4 * tensor.numel() for tensor in seen if tensor is not None)
+                room -= sum(tensor.nbytes for tensor in seen if tensor is not None)
                 if room > 0:
                     kept.append(seen)
                 else:
