@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -69,7 +70,21 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         nn.Sequential(c(12, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
         True,
     ),
-    "flatten-image": (nn.Sequential(c(12, 3), nn.Flatten(), nn.Linear(210, 4)), True),
+    "flatten-image": (nn.Sequential(c(12, 3), nn.Flatten(), nn.Linear(210, 40)), True),
+    "pages": (
+        Call(
+            lambda x, a, b, d: F.relu(torch.cat([a(x), b(x)], 1) + d(b(x))),
+            a=c(12, 512),
+            b=c(12, 512),
+            d=nn.Sequential(c(512, 512, 3, groups=512), c(512, 1024)),
+        ),
+        True,
+    ),
+    "pages-pooled": (
+        nn.Sequential(c(12, 1024), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 5)),
+        True,
+    ),
+    "pages-flat": (nn.Sequential(c(12, 512), nn.Flatten(), nn.Linear(35840, 6)), True),
     "pools": (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, padding=1), c(12, 6)), True),
     "ceil-pool": (nn.MaxPool2d(3, 2, ceil_mode=True), True),
     "adaptive-pool": (nn.AdaptiveAvgPool2d((5, 7)), True),
@@ -142,6 +157,9 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
 
 def randomised(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        bound = 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.5
+        parameter.data.uniform_(-bound, bound, generator=generator)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias):

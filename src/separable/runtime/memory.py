@@ -65,13 +65,18 @@ class Place:
         )
 
 
-def dense(buffer: Buffer, shape: Sequence[int], order: Sequence[int] | None = None) -> Place:
-    """All of a buffer, its axes in this order, outermost first; row-major if `None`."""
+def dense(
+    buffer: Buffer, shape: Sequence[int], order: Sequence[int] | None = None, pitch: int = 0
+) -> Place:
+    """All of a buffer, its axes in this order, outermost first; row-major if `None`.
+
+    With a `pitch`, neighbours along the last axis but one are so many floats apart.
+    """
     strides = [0] * len(shape)
     step = 1
-    for axis in reversed(order if order is not None else range(len(shape))):
+    for number, axis in enumerate(reversed(order if order is not None else range(len(shape)))):
         strides[axis] = step
-        step *= shape[axis]
+        step = pitch if pitch and number == 0 else step * shape[axis]
     return Place(buffer, tuple(shape), tuple(strides))
 
 

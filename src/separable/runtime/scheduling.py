@@ -22,7 +22,7 @@ from .emit.expression import operand
 from .emit.kernel import Description, Kernel
 from .emit.reduction import Mean, Rows
 from .emit.resample import Resample
-from .emit.tiling import merge_axes
+from .emit.tiling import merge_axes, pitch
 from .emit.window import Window
 from .fusing import fuse_chains
 from .graph import Graph, Node, Recipe
@@ -114,12 +114,19 @@ class _Scheduler:
                 if user is not None and user.kind == "cat" and user.inputs.count(node) == 1:
                     self.places[node] = self.part(user, user.inputs.index(node))
                     return self.places[node]
+            place = self.image(node.shape) if len(node.shape) == 4 else place
         number = self.graph.outputs.index(node) if None in users else -1
         if number >= 0 and place.same_strides(dense(place.buffer, node.shape)):
             place.buffer.kind, place.buffer.number = "output", number
             self.outputs[number] = place.buffer
         self.places[node] = place
         return place
+
+    def image(self, shape: Sequence[int]) -> Place:
+        """Memory for images, channels last, whose pixels do not compete for cache lines."""
+        n, c, h, w = shape
+        step = pitch(c) if h * w > 1 else c
+        return dense(Buffer("arena", n * h * w * step), shape, _channels_last(4), step)
 
     def part(self, cat: Node, number: int) -> Place:
         """The slice of a concatenation that one of its inputs fills."""

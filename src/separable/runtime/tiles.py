@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from .emit.conv import Conv, ConvTile
-from .emit.tiling import even_sizes
+from .emit.tiling import LINE, PAGE, even_sizes
 from .machine import Machine
 
 _TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the others
-_PAGE = 4096  # bytes between addresses that compete for the same cache lines
+_HEAVY = 2  # times the pixels: weights that are better shared out
+# Cycles per load, per cache line of weights that comes from the L2 cache, and per byte and vector
+# of outputs that leave it in parts: measured on a CPU with two multiply-adds a cycle.
+_LOAD, _LINE, _PART = 0.1, 0.6, 0.2
 
 
 def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) -> ConvTile:
@@ -28,8 +31,14 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
     ]
 
     def cycles(tile: tuple[int, int]) -> tuple[float, int]:
-        sizes = even_sizes(conv.size[1], tile[0])
-        return block_cycles(conv, machine, sizes, tile[1]), -tile[1]
+        pixels, vectors = tile
+        cost = block_cycles(conv, machine, even_sizes(conv.size[1], pixels), vectors)
+        row_bytes = 4 * conv.channels[1] * conv.size[1]
+        rows = conv.batch * conv.size[0]
+        # What does not stay in the cache goes to memory a panel of each pixel at a time.
+        if vectors < total and rows * conv.groups * row_bytes > threads * machine.l2 // 2:
+            cost += _PART * row_bytes / vectors
+        return cost, -vectors
 
     pixels, vectors = min(candidates, key=cycles)
     blocks = len(even_sizes(conv.size[1], pixels))
@@ -49,10 +58,11 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
     if threads > 1:
         wanted = _TASKS_PER_THREAD * threads
         weights = 4 * conv.depth * conv.channels[1]
-        pixels_bytes = 4 * inputs * rows * conv.size[1]
+        read = 4 * inputs * rows * conv.size[1]
+        written = 4 * conv.channels[1] * rows * conv.size[1]
         # Heavy weights are shared out by channels, so that each thread reads its own. Otherwise
         # each thread keeps to its rows, which the next step finds in its cache.
-        if weights > max(pixels_bytes, machine.l2 // 2):
+        if weights > _HEAVY * (read + written) or weights > max(read, machine.l2 // 2):
             shares = min(panels, max(1, wanted // conv.groups))
         wanted = -(-wanted // (shares * conv.groups))
         if rows > 1:
@@ -79,12 +89,14 @@ def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -
     cycles = 0.0
     for m, count in _counts(sizes):
         for n, panels in _counts(even_sizes(total, vectors)):
-            # Two multiply-adds and two loads a cycle; four cycles until a sum can be added to.
-            step = max(arithmetic * m * n, (m + n) / 2, 4.0)
+            # Two multiply-adds a cycle, and four cycles until a sum can be added to.
+            step = max(arithmetic * m * n + _LOAD * (m + n), 4.0)
+            if 4 * (machine.width * n + m) * conv.depth > machine.l1:
+                step += _LINE * n * machine.width / LINE
             # Long sums hide the start and the epilogue of a block, short ones do not.
             cycles += count * panels * (step * conv.depth + 2 * m * n + 10)
     # Pixels a page apart fall into the same cache set, which holds eight lines at most.
-    if conv.x_strides[2] * 4 % _PAGE == 0 and max(sizes) > 4:
+    if conv.x_strides[2] % PAGE == 0 and max(sizes) > 4:
         cycles *= 1.5
     return cycles
 

@@ -26,11 +26,10 @@ from . import conv, relayout, window
 from .builder import Builder, Index, Value
 from .conv import Conv, ConvTile
 from .relayout import Relayout
+from .tiling import LINE, pitch
 from .window import Window
 
 Stage = Conv | Window | Relayout
-_PAGE = 1024  # floats: pixels this far apart compete for the same cache lines
-_LINE = 16  # floats
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def joined(stages: Sequence[Stage]) -> Chain:
     """Stages that lie in memory as one expects, with the strides of buffers between them."""
     result = list(stages)
     for i, (before, after) in enumerate(itertools.pairwise(stages)):
-        channels = outputs(before)
-        pixel = channels + (_LINE if channels % _PAGE == 0 else 0)
+        pixel = pitch(outputs(before))
         walk = (0, before.size[1] * pixel, pixel)
         result[i] = replace(result[i], y_strides=walk + (1,) * isinstance(before, Relayout))
         result[i + 1] = replace(after, x_strides=walk + (1,) * (not isinstance(after, Window)))
@@ -122,7 +120,7 @@ def _buffer_sizes(chain: Chain, rows: int) -> list[int]:
     # Moving rows copies whole cache lines: one more than there is.
     counts = buffer_rows(chain, rows)
     heights = [stage.y_strides[1] for stage in chain.stages]
-    return [-(-n * row // _LINE) * _LINE + _LINE for n, row in zip(counts, heights, strict=False)]
+    return [-(-n * row // LINE) * LINE + LINE for n, row in zip(counts, heights, strict=False)]
 
 
 def tasks(chain: Chain, tile: ChainTile) -> int:
@@ -230,12 +228,12 @@ class _Emitter:
         count = b.mul(b.add(high, b.mul(low, -1)), row)
 
         def line(i: Index) -> None:
-            offsets = range(0, _LINE, b.width)
+            offsets = range(0, LINE, b.width)
             values = [b.load(b.at(source, i, offset)) for offset in offsets]
             for value, offset in zip(values, offsets, strict=True):
                 b.store(value, b.at(buffer, i, offset))
 
-        b.loop(0, count, line, step=_LINE)
+        b.loop(0, count, line, step=LINE)
 
     def run(self, number: int, image: Index, lows: list[Index], start: Index, stop: Index) -> None:
         """Compute rows of one stage."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .builder import Builder, Index, Value
+from .tiling import LINE
 
-_LINE = 16  # floats
 _UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
 _CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
 
@@ -69,11 +69,12 @@ def add(
     if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
         unroll = 1
     distance, turn, turns = ahead
-    lines = 0
+    fetched = 0
     if turns > 1 and depth > 4:
-        share = -(-depth * lanes // turns)
-        following = b.at(products.weights, b.mul(turn, share), distance)
-        lines = -(-unroll * lanes // turns // _LINE)
+        # So many floats per channel: often several channels ask for one line, as each that is on
+        # its way from memory holds a buffer that lines from the L2 cache need, too.
+        fetched = -(-lanes // turns)
+        following = b.at(products.weights, b.mul(turn, fetched * depth), distance)
 
     def one(x: Value, weights: Value, sums: list[Value]) -> list[Value]:
         columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
@@ -90,9 +91,10 @@ def add(
         weights = b.at(products.weights, b.mul(start, lanes))
 
         def several(k: Index, *sums: Value) -> list[Value]:
-            for line in range(lines):
-                at = b.mul(b.add(start, k), _LINE * lines // unroll)
-                b.prefetch(b.at(following, at, _LINE * line))
+            if fetched:
+                source = b.at(following, b.mul(b.add(start, k), fetched))
+                for line in range(-(-fetched * unroll // LINE)):
+                    b.prefetch(b.at(source, LINE * line))
             source, columns = b.at(x, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
             result = list(sums)
             for i in range(unroll):

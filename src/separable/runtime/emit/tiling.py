@@ -8,6 +8,14 @@ from typing import Protocol
 
 from .builder import Builder, Index
 
+LINE = 16  # floats
+PAGE = 1024  # floats: pixels this far apart compete for the same cache lines
+
+
+def pitch(channels: int) -> int:
+    """Floats from one pixel of an image to the next, no multiple of half a page."""
+    return channels + LINE * (channels % (PAGE // 2) == 0)
+
 
 @dataclass(frozen=True)
 class Run:
