@@ -93,6 +93,9 @@ def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -
             step = max(arithmetic * m * n + _LOAD * (m + n), 4.0)
             if 4 * (machine.width * n + m) * conv.depth > machine.l1:
                 step += _LINE * n * machine.width / LINE
+            # While a panel is read, the one behind it is fetched: both are to stay in the L2 cache.
+            if 8 * machine.width * n * conv.depth > 0.75 * machine.l2:
+                step *= 1.3
             # Long sums hide the start and the epilogue of a block, short ones do not.
             cycles += count * panels * (step * conv.depth + 2 * m * n + 10)
     # Pixels a page apart fall into the same cache set, which holds eight lines at most.
