@@ -157,15 +157,17 @@ PARTS = {"promise": promise, "memory": memory, "compile": compile_times, "busy":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"parts are {', '.join(PARTS)}; there is no {', '.join(sorted(unknown))}")
     keep_freed_memory()
     torch.manual_seed(0)
     results: dict[str, Any] = {"conditions": conditions(host())}
     if arguments.output and arguments.output.exists():
         results = json.loads(arguments.output.read_text()) | results
-    for part in arguments.parts:
+    for part in arguments.parts or PARTS:
         results[part] = PARTS[part]()
         if arguments.output:
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")

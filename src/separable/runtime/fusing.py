@@ -282,8 +282,8 @@ def cycles_alone(kernel: Kernel, threads: int) -> float:
         count, sides = math.prod(stage.sizes), (stage.sizes[axis], stage.sizes[-1])
         cycles = count / math.prod(sides) * _squares(*sides, machine)
         # It goes by channels, its neighbours by rows: of what exceeds the caches nothing is left in
-        # them, and of the rest most lies in those of other threads.
-        if 4 * count > threads * machine.l2 // 2:
+        # them, and of the rest most lies in those of other threads. Both sides are to fit.
+        if 8 * count > threads * machine.l2 // 2:
             cycles += 4 * count * (_READ + _WRITE)
         else:
             cycles += 4 * count * (1 - 1 / threads) * _READ
