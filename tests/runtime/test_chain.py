@@ -237,7 +237,8 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
             value = expression.evaluate(stage.epilogue, [value, extra.to(dtype)])
         return value
 
-    assert_as_exact_as_eager(y, plain(torch.float32), plain(torch.float64), usual=1.0)
+    # What is summed is of size one: four roundings of that.
+    assert_as_exact_as_eager(y, plain(torch.float32), plain(torch.float64), least=4.8e-7)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -114,7 +114,8 @@ class _Scheduler:
                 if user is not None and user.kind == "cat" and user.inputs.count(node) == 1:
                     self.places[node] = self.part(user, user.inputs.index(node))
                     return self.places[node]
-            place = self.image(node.shape) if len(node.shape) == 4 else place
+            if len(node.shape) == 4:
+                place = self.image(node.shape)
         number = self.graph.outputs.index(node) if None in users else -1
         if number >= 0 and place.same_strides(dense(place.buffer, node.shape)):
             place.buffer.kind, place.buffer.number = "output", number

@@ -30,20 +30,20 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
         if _fits(pixels, vectors, machine) and vectors <= total and pixels <= conv.size[1]
     ]
 
+    rows = conv.batch * conv.size[0]
+    written = 4 * conv.channels[1] * rows * conv.size[1]
+
     def cycles(tile: tuple[int, int]) -> tuple[float, int]:
         pixels, vectors = tile
         cost = block_cycles(conv, machine, even_sizes(conv.size[1], pixels), vectors)
-        row_bytes = 4 * conv.channels[1] * conv.size[1]
-        rows = conv.batch * conv.size[0]
         # What does not stay in the cache goes to memory a panel of each pixel at a time.
-        if vectors < total and rows * conv.groups * row_bytes > threads * machine.l2 // 2:
-            cost += _PART * row_bytes / vectors
+        if vectors < total and conv.groups * written > threads * machine.l2 // 2:
+            cost += _PART * written / rows / vectors
         return cost, -vectors
 
     pixels, vectors = min(candidates, key=cycles)
     blocks = len(even_sizes(conv.size[1], pixels))
     panels = len(even_sizes(total, vectors))
-    rows = conv.batch * conv.size[0]
 
     inputs = conv.channels[0]
     budget = machine.l2 // 4
@@ -59,7 +59,6 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
         wanted = _TASKS_PER_THREAD * threads
         weights = 4 * conv.depth * conv.channels[1]
         read = 4 * inputs * rows * conv.size[1]
-        written = 4 * conv.channels[1] * rows * conv.size[1]
         # Heavy weights are shared out by channels, so that each thread reads its own. Otherwise
         # each thread keeps to its rows, which the next step finds in its cache.
         if weights > _HEAVY * (read + written) or weights > max(read, machine.l2 // 2):

@@ -92,9 +92,9 @@ def add(
 
         def several(k: Index, *sums: Value) -> list[Value]:
             if fetched:
-                source = b.at(following, b.mul(b.add(start, k), fetched))
+                floats = b.mul(b.add(start, k), fetched)
                 for line in range(-(-fetched * unroll // LINE)):
-                    b.prefetch(b.at(source, LINE * line))
+                    b.prefetch(b.at(following, floats, LINE * line))
             source, columns = b.at(x, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
             result = list(sums)
             for i in range(unroll):
@@ -111,9 +111,11 @@ def add(
         partial = chain(b.mul(number, length), length, [b.zero()] * len(sums))
         return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
-    if total <= _CHAIN:
+    # Where the registers hold two sets of sums, more parts cost nothing.
+    longest = _CHAIN if cost > _UNROLLED else _CHAIN // 4
+    if total <= longest:
         return chain(0, depth, sums)
-    parts = -(-depth // _CHAIN)
+    parts = -(-depth // longest)
     length = depth // parts // unroll * unroll
     sums = b.loop(0, parts, part, sums)
     return chain(parts * length, depth - parts * length, sums)
