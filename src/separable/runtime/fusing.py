@@ -30,7 +30,7 @@ from .memory import Buffer
 from .steps import Step
 from .tiles import block_cycles, choose_tile
 
-_LONGEST = 3  # convolutions in a chain
+_LONGEST = 4  # convolutions in a chain
 _TASKS_PER_THREAD = 4
 # Cycles per byte of what does not stay in the L2 cache, and of rows that move within it.
 _WRITE, _READ, _MOVE = 0.06, 0.04, 0.06

@@ -246,6 +246,10 @@ class Builder:
         function = self._declare("llvm.prefetch.p0", ir.VoidType(), [PTR, I32, I32, I32])
         self.ir.call(function, [pointer, I32(0), I32(2), I32(1)])
 
+    def fence(self) -> None:
+        """Keep loads and stores on their side of it; no instruction comes of it."""
+        self.ir.fence("acq_rel", "singlethread")
+
     def load_scalar(self, pointer: Value) -> Value:
         """Load one float."""
         return self.ir.load(pointer, typ=F32, align=4)

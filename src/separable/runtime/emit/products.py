@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from .builder import Builder, Index, Value
 from .tiling import LINE
 
-_UNROLLED = 12  # multiply-adds per channel: with more, LLVM runs out of registers when it unrolls
 _CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
+_FEW = 12  # accumulators: the registers hold two sets of so many
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,7 @@ def add(
     depth, vectors = products.depth, products.vectors
     pixel, step = products.x_strides
     lanes = vectors * b.width
-    cost = (high - low) * vectors
-    unroll = 4 if depth % 3 else 3
-    if cost > _UNROLLED or depth <= unroll or not b.machine.fma:
-        unroll = 1
+    unroll = min(depth, 3 if depth % 3 == 0 and depth % 4 else 4)
     distance, turn, turns = ahead
     fetched = 0
     if turns > 1 and depth > 4:
@@ -77,6 +74,7 @@ def add(
         following = b.at(products.weights, b.mul(turn, fetched * depth), distance)
 
     def one(x: Value, weights: Value, sums: list[Value]) -> list[Value]:
+        b.fence()  # LLVM would load what many channels need at once, and run out of registers
         columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
         result = list(sums)
         for i in range(low, high):
@@ -112,7 +110,7 @@ def add(
         return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
     # Where the registers hold two sets of sums, more parts cost nothing.
-    longest = _CHAIN if cost > _UNROLLED else _CHAIN // 4
+    longest = _CHAIN if (high - low) * vectors > _FEW else _CHAIN // 4
     if total <= longest:
         return chain(0, depth, sums)
     parts = -(-depth // longest)
