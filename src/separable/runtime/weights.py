@@ -88,7 +88,16 @@ def exported_weights(
         weights: what the watched tensors are added to.
     """
     signature = program.graph_signature
+    # Such as how many batches a batch norm has seen: none of a model's results depends on it.
+    unread = {node.name for node in program.graph.nodes if not node.users}
     recipes: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def read(placeholder: str, holder: Mapping[Any, Any], name: str) -> None:
+        if placeholder in unread:
+            recipes[placeholder] = lambda: holder[name]
+        else:
+            recipes[placeholder] = weights.add(holder, name)
+
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for placeholder, name in named.items():
         path, _, leaf = name.rpartition(".")
@@ -98,10 +107,10 @@ def exported_weights(
             owner = model
         for holder in (owner._parameters, owner._buffers):
             if holder.get(leaf) is not None:
-                recipes[placeholder] = weights.add(holder, leaf)
+                read(placeholder, holder, leaf)
                 break
         else:
-            recipes[placeholder] = weights.add(program.state_dict, name)
+            read(placeholder, program.state_dict, name)
     for placeholder, name in signature.inputs_to_lifted_tensor_constants.items():
-        recipes[placeholder] = weights.add(program.constants, name)
+        read(placeholder, program.constants, name)
     return recipes
