@@ -14,7 +14,8 @@ from .builder import Builder, Index, Value
 from .tiling import LINE
 
 _CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
-_FEW = 12  # accumulators: the registers hold two sets of so many
+_FEW = 12  # accumulators: the registers hold what several channels need beside them
+_SHORT = 16  # channels: too few for the loop around them to matter
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def add(
     pixel, step = products.x_strides
     lanes = vectors * b.width
     unroll = min(depth, 3 if depth % 3 == 0 and depth % 4 else 4)
+    many = (high - low) * vectors > _FEW
+    if not b.machine.fma or (many and (b.machine.registers < 32 or depth < _SHORT)):
+        unroll = 1
     distance, turn, turns = ahead
     fetched = 0
     if turns > 1 and depth > 4:
@@ -74,7 +78,8 @@ def add(
         following = b.at(products.weights, b.mul(turn, fetched * depth), distance)
 
     def one(x: Value, weights: Value, sums: list[Value]) -> list[Value]:
-        b.fence()  # LLVM would load what many channels need at once, and run out of registers
+        if many:  # LLVM would load what several channels need at once, and run out of registers
+            b.fence()
         columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
         result = list(sums)
         for i in range(low, high):
@@ -110,7 +115,7 @@ def add(
         return [b.ir.fadd(s, p) for s, p in zip(sums, partial, strict=True)]
 
     # Where the registers hold two sets of sums, more parts cost nothing.
-    longest = _CHAIN if (high - low) * vectors > _FEW else _CHAIN // 4
+    longest = _CHAIN if many else _CHAIN // 4
     if total <= longest:
         return chain(0, depth, sums)
     parts = -(-depth // longest)
