@@ -214,6 +214,18 @@ def test_weights_changed_after_compiling_are_seen() -> None:
             assert not torch.equal(compiled(x), before)
 
 
+def test_buffers_that_no_result_depends_on_are_not_looked_at() -> None:
+    model, x = small(), torch.randn(1, 12, 6, 6)
+    compiled = separable.compile(model, x, threads=1)
+    watched = compiled.program._watched
+    assert watched is not None
+    model[1].num_batches_tracked.add_(1)
+    assert not watched.changed()
+    with torch.no_grad():
+        model[1].running_var.add_(1)
+    assert watched.changed()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_changed_weights_are_seen_by_all_callers(threads: int) -> None:
     model, x = small(), torch.randn(1, 12, 6, 6)
