@@ -105,8 +105,8 @@ def machine(request: pytest.FixtureRequest) -> Foreign:
 
 
 def assembly(does: Description, machine: Machine) -> str:
-    tile = choose_tile(does, machine, 1) if isinstance(does, Conv) else None
-    return jit.emit_assembly(Kernel(does, machine, tile).ir, machine)
+    kernel = Kernel(does, machine, choose_tile(does, machine, 1))
+    return jit.emit_assembly(kernel.ir, machine)
 
 
 def loops(text: str) -> list[list[str]]:

@@ -14,7 +14,7 @@ from separable.runtime.emit.conv import Conv
 from separable.runtime.emit.expression import ACTIVATIONS, operand
 from separable.runtime.emit.kernel import Kernel
 from separable.runtime.machine import Machine, host
-from separable.runtime.tiles import choose_tile
+from separable.runtime.tiles import choose_conv_tile
 
 from .kernels import assert_as_exact_as_eager, run
 
@@ -108,7 +108,7 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
         extra_strides=((*walk, 1),) if case.residual else (),
         epilogue=("add", epilogue, operand(1)) if case.residual else epilogue,
     )
-    tile = choose_tile(does, machine, case.threads)
+    tile = choose_conv_tile(does, machine, case.threads)
     packed = kernel_file.pack(does, tile, machine, weight, bias)
     extras = [extra.permute(0, 2, 3, 1).contiguous()] if case.residual else []
     y = run(Kernel(does, machine, tile), [memory, *packed, *extras], extra.numel())

@@ -14,6 +14,7 @@ from separable.runtime.emit.expression import hardsigmoid, operand
 from separable.runtime.emit.kernel import Kernel
 from separable.runtime.emit.window import Window
 from separable.runtime.machine import Machine, host
+from separable.runtime.tiles import choose_window_tile
 
 from .kernels import assert_as_exact_as_eager, run
 
@@ -32,6 +33,7 @@ class Case:
     dilation: tuple[int, int] = (1, 1)
     multiplier: int = 1
     residual: bool = False
+    threads: int = 1
 
 
 CASES = {
@@ -49,6 +51,11 @@ CASES = {
     "multiplier-3": Case(multiplier=3, channels=7),
     "row": Case(size=(1, 40), kernel=(1, 9), padding=(0, 4)),
     "batch": Case(batch=3, channels=70),
+    "rows-per-task": Case(size=(60, 5), channels=20, threads=3),
+    "rows-per-task-batch": Case(batch=3, size=(11, 5), channels=20, threads=2),
+    "channels-shared": Case(size=(7, 7), channels=275, threads=2),
+    "channels-shared-multiplier": Case(size=(4, 3), channels=70, multiplier=2, threads=2),
+    "fewer-vectors-than-tasks": Case("max", size=(3, 5), channels=20, threads=4),
     "max": Case("max", channels=21, stride=(2, 2)),
     "max-2x2": Case("max", kernel=(2, 2), stride=(2, 2), padding=(0, 0), residual=True),
     "mean": Case("mean", channels=20, residual=True),
@@ -97,7 +104,8 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
     packed = kernel_file.pack(does, machine, weight, bias) if case.kind == "conv" else ()
     extras = [extra.permute(0, 2, 3, 1).contiguous()] if case.residual else []
     memory = x.permute(0, 2, 3, 1).contiguous()
-    y = run(Kernel(does, machine), [memory, *packed, *extras], extra.numel())
+    tile = choose_window_tile(does, machine, case.threads)
+    y = run(Kernel(does, machine, tile), [memory, *packed, *extras], extra.numel())
     y = y.view(case.batch, *size, outputs).permute(0, 3, 1, 2)
     eager = kernel_file.reference(does, x, weight, bias, [extra])
     exact = kernel_file.reference(
@@ -142,6 +150,7 @@ def test_drawn_shapes(data: st.DataObject) -> None:
             dilation=dilation,
             multiplier=data.draw(st.integers(1, 3)) if kind == "conv" else 1,
             residual=data.draw(st.booleans()),
+            threads=data.draw(st.integers(1, 3)),
         ),
         host(),
     )

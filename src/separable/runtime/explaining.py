@@ -13,7 +13,7 @@ from ..progress import timed
 from . import jit
 from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
-from .emit.kernel import Description, Kernel
+from .emit.kernel import Description, Kernel, Tile
 from .emit.relayout import Relayout
 from .emit.window import Window
 from .execute import Program
@@ -221,7 +221,7 @@ def _beside(layer: str, names: Sequence[str]) -> str:
     return " ".join(short)
 
 
-def _cut(tile: ConvTile | ChainTile | None) -> str:
+def _cut(tile: Tile | None) -> str:
     if isinstance(tile, ChainTile):
         return f"{tile.rows} rows"
-    return f"{tile.pixels}×{tile.vectors}" if tile else ""
+    return f"{tile.pixels}×{tile.vectors}" if isinstance(tile, ConvTile) else ""

@@ -37,7 +37,7 @@ from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
 from .emit.relayout import Relayout
 from .emit.resample import ENTRY, Resample
-from .emit.window import Window
+from .emit.window import Window, WindowTile
 from .execute import Program
 from .graph import Node
 from .memory import Buffer, aligned
@@ -45,11 +45,12 @@ from .steps import Schedule, Step
 from .validation import footprints, parsed
 
 _MAGIC = b"separable-runtime"
-_FORMAT = 2
+_FORMAT = 3
 _DIGEST = hashlib.sha256
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (Conv, Window, Relayout, Map, Mean, Rows, Resample)
 }
+_TILES: dict[type, Any] = {Conv: ConvTile, Window: WindowTile}
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
 _MOST_THREADS = 1024
 _SECRET_BYTES = 32
@@ -265,7 +266,8 @@ def _kernel(text: str, machine: machines.Machine) -> Kernel:
     stages = [parsed(_KINDS[kind], stage) for kind, stage in described]
     if len(stages) > 1:
         return Kernel(Chain(tuple(stages)), machine, parsed(ChainTile, tile))
-    return Kernel(stages[0], machine, None if tile is None else parsed(ConvTile, tile))
+    kind = _TILES.get(type(stages[0]))
+    return Kernel(stages[0], machine, parsed(kind, tile) if kind else None)
 
 
 def _structure(text: str) -> pytree.TreeSpec:

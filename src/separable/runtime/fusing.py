@@ -28,7 +28,7 @@ from .graph import Node
 from .machine import Machine
 from .memory import Buffer
 from .steps import Step
-from .tiles import block_cycles, choose_tile
+from .tiles import block_cycles, choose_conv_tile
 
 _LONGEST = 4  # convolutions in a chain
 _TASKS_PER_THREAD = 4
@@ -220,7 +220,7 @@ def stage_tile(stage: Stage, machine: Machine, vectors: int = 0) -> ConvTile | N
         return None
     height, width = stage.size
     row = (1, height * width if chains.is_flat(stage) else width)
-    tile = choose_tile(replace(stage, batch=1, size=row, in_size=row), machine, 1, vectors)
+    tile = choose_conv_tile(replace(stage, batch=1, size=row, in_size=row), machine, 1, vectors)
     return replace(tile, pixels=min(tile.pixels, width), rows=1, blocks=width, panels=1)
 
 

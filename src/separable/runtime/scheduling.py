@@ -29,7 +29,7 @@ from .graph import Graph, Node, Recipe
 from .machine import Machine
 from .memory import Buffer, Place, dense
 from .steps import Schedule, Step
-from .tiles import choose_tile
+from .tiles import choose_conv_tile, choose_tile
 
 
 def schedule(graph: Graph, machine: Machine, threads: int, fuse: bool = True) -> Schedule:
@@ -175,7 +175,7 @@ class _Scheduler:
         self, node: Node | None, does: Description, places: Sequence[Place | tuple[Buffer, int]]
     ) -> None:
         """Append a kernel launch."""
-        tile = choose_tile(does, self.machine, self.threads) if isinstance(does, Conv) else None
+        tile = choose_tile(does, self.machine, self.threads)
         arguments = [(p.buffer, p.offset) if isinstance(p, Place) else p for p in places]
         self.steps.append(Step(node, arguments, Kernel(does, self.machine, tile)))
 
@@ -230,7 +230,7 @@ class _Scheduler:
             **common,
         )
         w, b = weight.attributes["recipe"], bias.attributes["recipe"]
-        machine, tile = self.machine, choose_tile(does, self.machine, self.threads)
+        machine, tile = self.machine, choose_conv_tile(does, self.machine, self.threads)
         padded = -(-does.channels[1] // machine.width) * machine.width * groups
 
         def recipe() -> torch.Tensor:

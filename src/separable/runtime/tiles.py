@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .emit.conv import Conv, ConvTile
+from .emit.kernel import Description
 from .emit.tiling import LINE, PAGE, even_sizes
+from .emit.window import Window, WindowTile
 from .machine import Machine
 
 _TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the others
@@ -13,7 +15,16 @@ _HEAVY = 2  # times the pixels: weights that are better shared out
 _LOAD, _LINE, _PART = 0.1, 0.6, 0.2
 
 
-def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) -> ConvTile:
+def choose_tile(does: Description, machine: Machine, threads: int) -> ConvTile | WindowTile | None:
+    """How a kernel is cut, if it can be cut in several ways."""
+    if isinstance(does, Conv):
+        return choose_conv_tile(does, machine, threads)
+    if isinstance(does, Window):
+        return choose_window_tile(does, machine, threads)
+    return None
+
+
+def choose_conv_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) -> ConvTile:
     """Pick the tile with the fewest estimated cycles, and tasks that fit half the L2 cache.
 
     Args:
@@ -69,6 +80,24 @@ def choose_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 0) ->
         else:
             blocks_per_task = min(blocks_per_task, max(1, blocks // wanted))
     return ConvTile(pixels, vectors, rows_per_task, blocks_per_task, shares)
+
+
+def choose_window_tile(window: Window, machine: Machine, threads: int) -> WindowTile:
+    """Pick tasks that find their inputs where the step before left them.
+
+    Small images are written by channels, for their weights are heavier than their pixels, and
+    larger ones by rows.
+
+    Args:
+        window: a depthwise convolution or pool.
+        machine: the CPU it runs on.
+        threads: of one call.
+    """
+    rows, vectors = window.batch * window.size[0], -(-window.channels // machine.width)
+    wanted = _TASKS_PER_THREAD * threads
+    if threads > 1 and window.batch * window.in_size[0] < wanted:
+        return WindowTile(rows, -(-vectors // wanted))
+    return WindowTile(max(1, rows // wanted), vectors)
 
 
 def _fits(pixels: int, vectors: int, machine: Machine) -> bool:

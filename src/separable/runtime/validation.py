@@ -26,7 +26,7 @@ from .emit.kernel import Kernel
 from .emit.reduction import Mean, Rows
 from .emit.relayout import Relayout
 from .emit.resample import Resample
-from .emit.window import Window
+from .emit.window import Window, WindowTile
 from .machine import Machine
 
 _LARGEST = 1 << 40  # of any whole number in a file: offsets in bytes stay far from overflow
@@ -130,9 +130,13 @@ def _chain(does: Chain, kernel: Kernel) -> list[int]:
     dense = height * width * channels, width * channels, channels
     walk = dense + (1,) * isinstance(first, Relayout)
     alone = [replace(first, y_strides=walk), *(replace(stage, batch=1) for stage in inner), last]
+    cuts = [
+        WindowTile(rows=1, vectors=1) if isinstance(stage, Window) else cut
+        for stage, cut in zip(alone, tile.tiles, strict=True)
+    ]
     parts = [
         footprints(Kernel(stage, kernel.machine, cut))
-        for stage, cut in zip(alone, tile.tiles, strict=True)
+        for stage, cut in zip(alone, cuts, strict=True)
     ]
     operands = [length for part in parts for length in part[1:-1]]
     return [parts[0][0], *operands, chain.scratch_size(does, tile.rows), parts[-1][-1]]
@@ -196,9 +200,14 @@ def _conv(does: Conv, kernel: Kernel) -> tuple[list[int], int]:
 
 
 def _window(does: Window, kernel: Kernel) -> tuple[list[int], int]:
+    tile = kernel.tile
     _sliding(does)
+    if not isinstance(tile, WindowTile):
+        raise ValueError("a window needs a `tile`")
     weighted = does.kind == "conv"
     _require(
+        tile=1 <= tile.rows <= does.batch * does.size[0]
+        and 1 <= tile.vectors <= _padded(does.channels, kernel.machine),
         kind=does.kind in ("conv", "max", "mean"),
         multiplier=does.multiplier == 1 or (weighted and does.multiplier > 1),
     )

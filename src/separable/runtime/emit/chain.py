@@ -168,7 +168,7 @@ class _Emitter:
         name = f"{type(stage).__name__.lower()}{number}"
         b = Builder(self.b.machine, len(self.operands[number]) + 2, self.b, name)
         if isinstance(stage, Window):
-            window.define(replace(stage, batch=1), b)
+            window.define_rows(replace(stage, batch=1), b)
         elif isinstance(stage, Relayout):
             relayout.define(replace(stage, batch=1), b, by_pixel=is_flat(stage))
         elif is_flat(stage):

@@ -14,9 +14,10 @@ from .elementwise import Map
 from .reduction import Mean, Rows
 from .relayout import Relayout
 from .resample import Resample
-from .window import Window
+from .window import Window, WindowTile
 
 Description = Conv | Window | Relayout | Chain | Map | Mean | Rows | Resample
+Tile = ConvTile | WindowTile | ChainTile
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Kernel:
     Attributes:
         does: what is computed.
         machine: the CPU it runs on.
-        tile: how a convolution or a chain is cut.
+        tile: how a convolution, a window or a chain is cut.
     """
 
     does: Description
     machine: Machine
-    tile: ConvTile | ChainTile | None = None
+    tile: Tile | None = None
 
     @property
     def tasks(self) -> int:
@@ -41,7 +42,8 @@ class Kernel:
                 assert isinstance(self.tile, ConvTile)
                 return math.prod(conv.task_grid(self.does, self.tile))
             case Window():
-                return window.tasks(self.does)
+                assert isinstance(self.tile, WindowTile)
+                return math.prod(window.task_grid(self.does, self.tile, self.machine))
             case Relayout():
                 return relayout.tasks(self.does)
             case Chain():
@@ -70,7 +72,8 @@ def _ir(kernel: Kernel) -> str:
             assert isinstance(kernel.tile, ConvTile)
             return conv.emit(does, kernel.tile, machine)
         case Window():
-            return window.emit(does, machine)
+            assert isinstance(kernel.tile, WindowTile)
+            return window.emit(does, kernel.tile, machine)
         case Relayout():
             return relayout.emit(does, machine)
         case Chain():

@@ -1,6 +1,6 @@
 """Sliding windows over each channel alone: depthwise convolutions and pools.
 
-    for each task (an output row):
+    for each task (vectors of channels × output rows), for each of its rows:
       for each block of pixels, for each vector of channels:
         accumulators = bias
         for each tap row inside the image, for each tap:
@@ -73,9 +73,23 @@ class Window:
         return outputs * self.kernel[0] * self.kernel[1]
 
 
-def tasks(window: Window) -> int:
-    """One per output row."""
-    return window.batch * window.size[0]
+@dataclass(frozen=True)
+class WindowTile:
+    """How a window is cut.
+
+    Attributes:
+        rows: output rows per task.
+        vectors: vectors of channels per task.
+    """
+
+    rows: int
+    vectors: int
+
+
+def task_grid(window: Window, tile: WindowTile, machine: Machine) -> tuple[int, int]:
+    """Tasks along (channels, rows)."""
+    vectors = -(-window.channels // machine.width)
+    return -(-vectors // tile.vectors), -(-window.batch * window.size[0] // tile.rows)
 
 
 def pixels_per_block(window: Window, machine: Machine) -> int:
@@ -116,19 +130,21 @@ def pack(
     return F.pad(w, (0, fill)).flatten(), F.pad(b, (0, fill)).flatten()
 
 
-def emit(window: Window, machine: Machine) -> str:
+def emit(window: Window, tile: WindowTile, machine: Machine) -> str:
     """Generate the kernel; its arguments are input, weights, bias, extras and output.
 
     A pool has no weights and bias.
     """
     b = Builder(machine, (4 if window.kind == "conv" else 2) + len(window.extra_strides))
-    define(window, b)
+    emitter = _Emitter(window, b)
+    b.loop(b.begin, b.end, lambda task: emitter.task(task, tile))
     return b.finish()
 
 
-def define(window: Window, b: Builder) -> None:
-    """Write the kernel into `b`, a function with its arguments."""
-    b.loop(b.begin, b.end, _Emitter(window, b).row)
+def define_rows(window: Window, b: Builder) -> None:
+    """Write the kernel into `b`, a function with its arguments, each output row a task."""
+    emitter = _Emitter(window, b)
+    b.loop(b.begin, b.end, lambda row: emitter.row(row, 0, window.channels))
 
 
 class _Emitter:
@@ -141,18 +157,37 @@ class _Emitter:
         self.padded = -(-window.channels // b.width) * b.width
         self.runs = window_runs(window, pixels_per_block(window, b.machine))
 
-    def row(self, task: Index) -> None:
+    def task(self, task: Index, tile: WindowTile) -> None:
         b, window = self.b, self.window
-        image, row = b.divmod(task, window.size[0])
+        shares, bands = task_grid(window, tile, b.machine)
+        share, band = b.divmod(task, bands)
+        if shares == 1:
+            share, band = 0, task
+
+        def part(number: Index, size: int, length: int) -> tuple[Index, Index]:
+            start = b.mul(number, size)
+            return start, b.minimum(b.add(start, size), length)
+
+        lanes = part(share, tile.vectors * b.width, window.channels)
+        if tile.rows == 1:
+            self.row(band, *lanes)
+        else:
+            rows = part(band, tile.rows, window.batch * window.size[0])
+            b.loop(*rows, lambda row: self.row(row, *lanes))
+
+    def row(self, number: Index, first: Index, last: Index) -> None:
+        """Emit an output row of the channels `first <= c < last`."""
+        b, window = self.b, self.window
+        image, row = b.divmod(number, window.size[0])
         if window.batch == 1:
-            image, row = 0, task
+            image, row = 0, number
         kh = window.kernel[0]
         top = b.add(b.mul(row, window.stride[0]), -window.padding[0])
         low, high = taps_inside(b, top, window)
 
         def blocks(low: Index, high: Index) -> None:
             for run in self.runs:
-                self.blocks(run, image, row, top, low, high)
+                self.blocks(run, (image, row), top, (low, high), (first, last))
 
         if isinstance(low, int) or kh > 3:
             blocks(low, high)
@@ -166,9 +201,16 @@ class _Emitter:
                 blocks(low, high)
 
     def blocks(
-        self, run: Run, image: Index, row: Index, top: Index, low: Index, high: Index
+        self,
+        run: Run,
+        place: tuple[Index, Index],
+        top: Index,
+        taps: tuple[Index, Index],
+        lanes: tuple[Index, Index],
     ) -> None:
         b, window = self.b, self.window
+        first, last = lanes
+        image, row = place
         whole = window.channels - window.channels % b.width
 
         def block(number: Index) -> None:
@@ -178,12 +220,14 @@ class _Emitter:
             position = (image, row, column)
 
             def channels(c: Index, count: int) -> None:
-                sums = self.taps(run, b.at(x, c), c, low, high, count)
+                sums = self.taps(run, b.at(x, c), c, *taps, count)
                 self.epilogue(run, position, c, sums, count)
 
-            b.loop(0, whole, lambda c: channels(c, b.width), step=b.width)
+            b.loop(first, b.minimum(last, whole), lambda c: channels(c, b.width), step=b.width)
             if whole < window.channels:
-                channels(whole, window.channels - whole)
+                b.loop(
+                    whole, last, lambda c: channels(whole, window.channels - whole), step=b.width
+                )
 
         b.loop(0, run.count, block)
 
