@@ -36,7 +36,7 @@ def program(steps: Sequence[Step], machine: Machine, threads: int) -> Program:
             kind = "scratch" if buffer.kind == "scratch" else "arena"
             arguments.append((buffers.setdefault(buffer, Buffer(kind, buffer.size)), offset))
         copies.append(Step(step.node, arguments, step.kernel))
-    result = Program(Schedule(copies, [], [], [], [], []), machine, threads)
+    result = Program(Schedule(copies, [], [], [], [], [], []), machine, threads)
     result.adopt(torch.zeros(1))
     frame = result._new_frame()
     frame.arena.normal_()

@@ -207,9 +207,9 @@ def test_hostile_headers(file: str, saved: bytes, layers: bytes, tmp_path: Path)
         except Native:
             passed.add(next(key for key in reversed(at) if isinstance(key, str)))
     # Names, what vouches for code (and so does no more), numbers of the arithmetic, and steps of
-    # filters whose taps are then outside the image.
+    # filters whose taps are then outside the image, and the order of values in an argument.
     allowed = "key signatures layer name kind shape absorbed epilogue stride padding dilation bands"
-    assert passed <= {*allowed.split(), "extra_strides"}
+    assert passed <= {*allowed.split(), "extra_strides", "channels_last"}
     for format in (0, 1, "x", None):
         with pytest.raises(ValueError, match="has format"):
             load(joined({"format": format, "header": content["header"]}, rest), tmp_path)

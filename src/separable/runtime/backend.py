@@ -32,7 +32,8 @@ def compile(
 
     Args:
         model: in eval mode, on the CPU.
-        example_inputs: its arguments, float32; only their shapes matter.
+        example_inputs: its arguments, float32; only their shapes and memory formats matter.
+            Results are channels last where the model's own would be, and contiguous otherwise.
         threads: how many cores one call may use; all that this process may use if `None`.
         isa: `"avx512"`, `"avx2"`, `"sse2"` or `"neon"`; the best one here if `None`.
         dynamic_batch: accept any batch size; samples then run one after another.
@@ -68,7 +69,7 @@ def compile(
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert spec_in is not None
     assert spec_out is not None
-    compiled = CompiledModel(program, program.argument_shapes, (spec_in, spec_out), dynamic_batch)
+    compiled = CompiledModel(program, (spec_in, spec_out), dynamic_batch)
     if dynamic_batch:
         _check_samples_apart(model, compiled, args)
     return compiled

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .execute import Program
 from .explaining import Explanation, assembly, explain
+from .memory import Form
 
 
 class CompiledModel:
@@ -21,7 +22,7 @@ class CompiledModel:
 
     Attributes:
         program: the steps and their memory.
-        expected: the shape of each argument; `None` where it is no float32 tensor.
+        expected: the form of each argument; `None` where it is no float32 tensor.
         structures: how arguments and results are nested.
         dynamic_batch: whether any batch size is accepted.
     """
@@ -29,12 +30,11 @@ class CompiledModel:
     def __init__(
         self,
         program: Program,
-        expected: Sequence[tuple[int, ...] | None],
         structures: tuple[pytree.TreeSpec, pytree.TreeSpec],
         dynamic_batch: bool,
     ) -> None:
         self.program = program
-        self.expected = tuple(expected)
+        self.expected = tuple(program.schedule.expected)
         self.structures = structures
         self.dynamic_batch = dynamic_batch
         # Most models take tensors and return one: no need to take apart and to join anything.
@@ -60,8 +60,8 @@ class CompiledModel:
             )
         batch = flat[0].shape[0] if self.dynamic_batch and flat[0].dim() else None
         inputs = [
-            value if shape is None else self._checked(i, value, shape, batch)
-            for i, (value, shape) in enumerate(zip(flat, self.expected, strict=True))
+            value if form is None else self._checked(i, value, form, batch)
+            for i, (value, form) in enumerate(zip(flat, self.expected, strict=True))
         ]
         return self._run(inputs, batch)
 
@@ -77,8 +77,10 @@ class CompiledModel:
         """
         generator = torch.Generator().manual_seed(0)
         inputs = [
-            None if shape is None else torch.randn(shape, generator=generator)
-            for shape in self.expected
+            None
+            if form is None
+            else form.empty().copy_(torch.randn(form.shape, generator=generator))
+            for form in self.expected
         ]
         return explain(self.program, inputs, repeats)
 
@@ -96,11 +98,8 @@ class CompiledModel:
 
         save(self, path)
 
-    def _checked(
-        self, number: int, value: Any, shape: tuple[int, ...], batch: int | None
-    ) -> torch.Tensor:
-        if batch is not None:
-            shape = (batch, *shape[1:])
+    def _checked(self, number: int, value: Any, form: Form, batch: int | None) -> torch.Tensor:
+        shape = form.shape if batch is None else (batch, *form.shape[1:])
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"argument {number} (={value!r}) must be a tensor of shape {shape}")
         if value.dtype != torch.float32 or value.device.type != "cpu":
@@ -119,25 +118,25 @@ class CompiledModel:
                 f"argument {number} (of layout {value.layout}) must be dense; convert it with "
                 "`.to_dense()`"
             )
-        return value.detach().resolve_neg().contiguous()
+        return value.detach().resolve_neg().contiguous(memory_format=form.memory_format)
 
     def _each(self, inputs: Sequence[torch.Tensor], batch: int) -> list[Any]:
         """Run sample by sample, each result written where it belongs."""
-        shapes = [shape or () for shape in self.program.result_shapes]
-        outputs = [torch.empty(batch, *shape[1:]) for shape in shapes]
+        outputs = [form.empty(batch) for form in self.program.schedule.results if form]
         for i in range(batch):
             self.program([x[i : i + 1] for x in inputs], outputs=[y[i : i + 1] for y in outputs])
         return outputs
 
 
-def _fits(value: Any, shape: tuple[int, ...] | None) -> bool:
+def _fits(value: Any, form: Form | None) -> bool:
     """Whether a value can be read as it lies in memory."""
     return (
         type(value) is torch.Tensor
+        and form is not None
         and value.dtype is torch.float32
         and value.is_cpu
-        and value.shape == shape
+        and value.shape == form.shape
         and value.layout is torch.strided
-        and value.is_contiguous()
+        and value.is_contiguous(memory_format=form.memory_format)
         and not value.is_neg()
     )

@@ -14,6 +14,7 @@ from . import machine as machines
 from .backend import build
 from .compiled import CompiledModel
 from .graph import Recipe
+from .memory import Form
 from .weights import Weights, exported_weights
 
 
@@ -64,7 +65,7 @@ class GraphRunner:
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the traced graph, weights among them."""
         free = [args[i] for i in self._free]
-        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in free)
+        key = tuple((Form.of(x), x.dtype) if isinstance(x, torch.Tensor) else x for x in free)
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
@@ -92,7 +93,7 @@ class GraphRunner:
         assert spec is not None
         examples = [args[i] for i in self._free]
         _, structure = pytree.tree_flatten((tuple(examples), {}))
-        inner = CompiledModel(program, program.argument_shapes, (structure, spec), False)
+        inner = CompiledModel(program, (structure, spec), False)
         one_by_one = threading.Lock()  # other instances of the same class have other weights
 
         def run(*args: Any) -> Any:

@@ -193,9 +193,9 @@ class Program:
         """Run once.
 
         Args:
-            inputs: contiguous float32 tensors of the scheduled shapes, or whatever torch takes
-                where the schedule has no buffer.
-            outputs: contiguous tensors to write the results to; new ones if `None`.
+            inputs: tensors of the expected forms, or whatever torch takes where the schedule has
+                no buffer.
+            outputs: tensors to write the results to, of their forms; new ones if `None`.
 
         Returns:
             The results.
@@ -254,18 +254,8 @@ class Program:
             if self._watched is not None and self._watched.changed():
                 self.pack()
 
-    @property
-    def argument_shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each argument, `None` if it is no float32 tensor."""
-        return [node.shape for node in self.schedule.arguments]
-
-    @property
-    def result_shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each result, `None` if it is no float32 tensor."""
-        return self.schedule.shapes
-
     def _outputs(self) -> list[torch.Tensor | None]:
-        return [None if shape is None else torch.empty(shape) for shape in self.result_shapes]
+        return [None if form is None else form.empty() for form in self.schedule.results]
 
     def _bind(
         self, frame: _Frame, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]

@@ -40,7 +40,7 @@ from .emit.resample import ENTRY, Resample
 from .emit.window import Window, WindowTile
 from .execute import Program
 from .graph import Node
-from .memory import Buffer, aligned
+from .memory import Buffer, Form, aligned
 from .steps import Schedule, Step
 from .validation import footprints, parsed
 
@@ -85,8 +85,8 @@ class _Header:
         isa: the instruction set that weights are packed for.
         threads: of one call.
         dynamic_batch: as in `compile`.
-        expected: shapes of the arguments.
-        shapes: of the results.
+        expected: forms of the arguments.
+        results: forms of the results.
         structures: of the arguments and of the results, in JSON.
         buffers: kind, size and number of each.
         constants: the buffers of weights, in the order they follow one another.
@@ -101,8 +101,8 @@ class _Header:
     isa: str
     threads: int
     dynamic_batch: bool
-    expected: tuple[_Shape, ...]
-    shapes: tuple[_Shape, ...]
+    expected: tuple[Form | None, ...]
+    results: tuple[Form | None, ...]
     structures: tuple[str, str]
     buffers: tuple[tuple[str, int, int], ...]
     constants: tuple[int, ...]
@@ -148,7 +148,7 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
         threads=program.threads,
         dynamic_batch=model.dynamic_batch,
         expected=model.expected,
-        shapes=tuple(schedule.shapes),
+        results=tuple(schedule.results),
         structures=(structures[0], structures[1]),
         buffers=tuple((b.kind, b.size, b.number) for b in buffers),
         constants=tuple(numbers[b] for b, _ in schedule.constants),
@@ -218,7 +218,7 @@ def _model(header: _Header, data: bytes) -> CompiledModel:
     kernels = [_kernel(text, machine) for text in header.kernels]
     schedule = _schedule(header, kernels)
     structures = [_structure(text) for text in header.structures]
-    for structure, leaves in zip(structures, (header.expected, header.shapes), strict=True):
+    for structure, leaves in zip(structures, (header.expected, header.results), strict=True):
         if structure.num_leaves != len(leaves):
             raise ValueError("`structures` and the shapes differ in number")
     if not 1 <= header.threads <= _MOST_THREADS:
@@ -237,9 +237,7 @@ def _model(header: _Header, data: bytes) -> CompiledModel:
     _check_tables(schedule, weights)
     program = Program(schedule, machine, header.threads, trusted)
     program.adopt(weights)
-    return CompiledModel(
-        program, header.expected, (structures[0], structures[1]), header.dynamic_batch
-    )
+    return CompiledModel(program, (structures[0], structures[1]), header.dynamic_batch)
 
 
 def _layer(node: Node | None) -> _Layer | None:
@@ -292,12 +290,12 @@ def _structure(text: str) -> pytree.TreeSpec:
 def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
     """The steps, every argument of which lies inside its buffer."""
     buffers = [Buffer(kind, size, number) for kind, size, number in header.buffers]
-    shapes = {"input": header.expected, "output": header.shapes}
+    forms = {"input": header.expected, "output": header.results}
     constants = [buffers[i] for i in header.constants]
     for buffer in buffers:
-        if buffer.kind in shapes:
-            shape = shapes[buffer.kind][buffer.number]
-            if shape is None or math.prod(shape) != buffer.size:
+        if buffer.kind in forms:
+            form = forms[buffer.kind][buffer.number]
+            if form is None or math.prod(form.shape) != buffer.size:
                 raise ValueError(f"{buffer.kind} {buffer.number} has another size than its buffer")
         elif buffer.kind not in ("arena", "constant", "scratch"):
             raise ValueError(f"buffer of unknown kind {buffer.kind!r}")
@@ -305,8 +303,8 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
             raise ValueError("`constants` are not the buffers of weights")
     if len(set(constants)) != len(constants):
         raise ValueError("`constants` names a buffer twice")
-    batched = [*header.expected, *header.shapes]
-    if header.dynamic_batch and not all(shape and shape[0] == 1 for shape in batched):
+    batched = [*header.expected, *header.results]
+    if header.dynamic_batch and not all(form and form.shape[:1] == (1,) for form in batched):
         raise ValueError("with `dynamic_batch`, arguments and results are those of one sample")
     lengths = [footprints(kernel) for kernel in kernels]
     steps = []
@@ -331,20 +329,21 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
     written = {
         step.arguments[-1][0].number for step in steps if step.arguments[-1][0].kind == "output"
     }
-    if written != set(range(len(header.shapes))):
+    if written != set(range(len(header.results))):
         raise ValueError("a result is computed by no kernel")
 
-    def whole(kind: str, number: int, shape: _Shape) -> Buffer | None:
-        return None if shape is None else Buffer(kind, math.prod(shape), number)
+    def whole(kind: str, number: int, form: Form | None) -> Buffer | None:
+        return None if form is None else Buffer(kind, math.prod(form.shape), number)
 
-    outputs = [whole("output", i, shape) for i, shape in enumerate(header.shapes)]
+    outputs = [whole("output", i, form) for i, form in enumerate(header.results)]
     return Schedule(
         steps,
         [(constant, _no_recipe) for constant in constants],
         [],
-        [whole("input", i, shape) for i, shape in enumerate(header.expected)],
+        [whole("input", i, form) for i, form in enumerate(header.expected)],
         [output for output in outputs if output],
-        list(header.shapes),
+        list(header.expected),
+        list(header.results),
     )
 
 

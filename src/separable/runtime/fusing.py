@@ -305,9 +305,9 @@ def _imbalance(tasks: Sequence[int], threads: int) -> float:
 
 
 def _passing(read: int, written: int, machine: Machine, threads: int) -> float:
-    """Cycles for what a step reads and writes beyond the cache."""
-    room = threads * machine.l2 // 2
-    return max(0, read - room) * _READ + max(0, written - room) * _WRITE
+    """Cycles for what a step reads and writes beyond the cache, half of which is others'."""
+    beyond = max(0.0, 1 - threads * machine.l2 / 2 / (read + written))
+    return beyond * (read * _READ + written * _WRITE)
 
 
 def _new_rows(stage: Stage, rows: int, last: Stage) -> list[int]:

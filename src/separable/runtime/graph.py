@@ -15,6 +15,7 @@ import torch
 
 from .emit import expression
 from .emit.expression import Expression, operand
+from .memory import Form
 
 Recipe = Callable[[], torch.Tensor]
 
@@ -64,12 +65,16 @@ class Graph:
     Attributes:
         inputs: one per tensor argument.
         outputs: the results.
+        expected: the form of each argument; `None` where it is no float32 tensor.
+        results: the form of each result, likewise.
         nodes: everything between; constants and inputs are not among them.
     """
 
     inputs: list[Node]
     outputs: list[Node]
     nodes: list[Node]
+    expected: list[Form | None]
+    results: list[Form | None]
 
     def users(self) -> dict[Node, list[Node | None]]:
         """Who reads each node; `None` stands for the caller."""

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .graph import Graph, Node, constant
 from .lowering import LOWERINGS
+from .memory import Form
 
 
 class NeedsFunctionalisation(Exception):
@@ -49,10 +50,12 @@ class _Importer:
         self.values: dict[torch.fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.inputs: list[Node] = []
+        self.expected: list[Form | None] = []
 
     def run(self, graph: torch.fx.Graph) -> Graph:
         order = {node: i for i, node in enumerate(graph.nodes)}
         outputs: list[Node] = []
+        results: list[Form | None] = []
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self.placeholder(node)
@@ -62,19 +65,21 @@ class _Importer:
                 self.values[node] = constant(partial(self.attribute, target), shape, target)
             elif node.op == "output":
                 outputs = list(self.value(node.args[0]))
+                results = [_form(result) for result in node.args[0]]
             else:
                 self.values[node] = self.call(node)
                 if _writes(node):
                     self.rename(node, order)
-        return Graph(self.inputs, outputs, self.nodes)
+        return Graph(self.inputs, outputs, self.nodes, self.expected, results)
 
     def placeholder(self, node: torch.fx.Node) -> Node:
         meta = node.meta["val"]
         if node.name in self.constants or node.target in self.constants:
             recipe = self.constants.get(node.name) or self.constants[str(node.target)]
             return constant(recipe, meta.shape, node.name)
-        shape = tuple(meta.shape) if _is_float(meta) else None
-        self.inputs.append(Node("input", shape, name=node.name))
+        form = _form(node)
+        self.expected.append(form)
+        self.inputs.append(Node("input", None if form is None else form.shape, name=node.name))
         return self.inputs[-1]
 
     def call(self, node: torch.fx.Node) -> Any:
@@ -184,6 +189,11 @@ def _is_float(meta: Any) -> bool:
         and meta.layout == torch.strided
         and all(isinstance(size, int) and size > 0 for size in meta.shape)
     )
+
+
+def _form(node: torch.fx.Node) -> Form | None:
+    meta: Any = node.meta.get("val")
+    return Form.of(meta) if _is_float(meta) else None
 
 
 def _same_shapes(result: Node | tuple[Node, ...], meta: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT = 16  # floats: one cache line
+CHANNELS_LAST = (0, 2, 3, 1)  # the axes of images, from the outermost in memory on
 
 
 @dataclass(eq=False)
@@ -63,6 +64,44 @@ class Place:
         return Place(
             self.buffer, tuple(t.shape), tuple(t.stride()), self.offset + int(t.storage_offset())
         )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an argument or a result looks like: a dense float32 tensor.
+
+    Attributes:
+        shape: of the tensor.
+        channels_last: whether images lie as in torch's memory format of this name.
+    """
+
+    shape: tuple[int, ...]
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channels_last and len(self.shape) != len(CHANNELS_LAST):
+            raise ValueError(f"a tensor of shape {self.shape} cannot lie channels last")
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Form:
+        """That of a tensor, or of the dense one that torch would copy it to."""
+        last = tensor.dim() == len(CHANNELS_LAST) and not tensor.is_contiguous()
+        last = last and tensor.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(tensor.shape), last)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Torch's name for where its values lie."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def empty(self, batch: int | None = None) -> torch.Tensor:
+        """A tensor of this form, its values undefined, of another batch if it is given."""
+        shape = self.shape if batch is None else (batch, *self.shape[1:])
+        return torch.empty(shape, memory_format=self.memory_format)
+
+    def place(self, buffer: Buffer) -> Place:
+        """Where its values lie in a buffer of its own."""
+        return dense(buffer, self.shape, CHANNELS_LAST if self.channels_last else None)
 
 
 def dense(

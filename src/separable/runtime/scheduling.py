@@ -27,7 +27,7 @@ from .emit.window import Window
 from .fusing import fuse_chains
 from .graph import Graph, Node, Recipe
 from .machine import Machine
-from .memory import Buffer, Place, dense
+from .memory import CHANNELS_LAST, Buffer, Place, dense
 from .steps import Schedule, Step
 from .tiles import choose_conv_tile, choose_tile
 
@@ -48,7 +48,7 @@ def schedule(graph: Graph, machine: Machine, threads: int, fuse: bool = True) ->
 
 
 def _channels_last(rank: int) -> tuple[int, ...]:
-    return (0, 2, 3, 1) if rank == 4 else tuple(range(rank))
+    return CHANNELS_LAST if rank == len(CHANNELS_LAST) else tuple(range(rank))
 
 
 class _Scheduler:
@@ -62,21 +62,23 @@ class _Scheduler:
 
     def run(self) -> Schedule:
         inputs: list[Buffer | None] = []
-        for number, node in enumerate(self.graph.inputs):
+        arguments = zip(self.graph.inputs, self.graph.expected, strict=True)
+        for number, (node, form) in enumerate(arguments):
             inputs.append(None)
-            if node.shape is not None:
-                buffer = inputs[-1] = Buffer("input", math.prod(node.shape), number)
-                self.places[node] = dense(buffer, node.shape)
+            if form is not None:
+                buffer = inputs[-1] = Buffer("input", math.prod(form.shape), number)
+                self.places[node] = form.place(buffer)
         for node in self.graph.nodes:
             getattr(self, "_" + node.kind)(node)
         outputs: list[Buffer | Node] = []
-        for number, node in enumerate(self.graph.outputs):
-            if node.shape is None:
+        results = zip(self.graph.outputs, self.graph.results, strict=True)
+        for number, (node, form) in enumerate(results):
+            if form is None:
                 outputs.append(node)
                 continue
-            buffer = self.outputs.get(number) or Buffer("output", math.prod(node.shape), number)
+            buffer = self.outputs.get(number) or Buffer("output", math.prod(form.shape), number)
             if number not in self.outputs:
-                self.copy(self.place(node), dense(buffer, node.shape), node)
+                self.copy(self.place(node), form.place(buffer), node)
             outputs.append(buffer)
         return Schedule(
             self.steps,
@@ -84,7 +86,8 @@ class _Scheduler:
             self.graph.inputs,
             inputs,
             outputs,
-            [node.shape for node in self.graph.outputs],
+            self.graph.expected,
+            self.graph.results,
         )
 
     # -- memory -------------------------------------------------------------------------------
@@ -109,15 +112,17 @@ class _Scheduler:
         assert node.shape is not None
         users = self.users.get(node, [])
         place = dense(Buffer("arena", math.prod(node.shape)), node.shape, order)
+        number = self.graph.outputs.index(node) if None in users else -1
+        form = self.graph.results[number] if number >= 0 else None
+        returned = form is not None and place.same_strides(form.place(place.buffer))
         if place.same_strides(dense(place.buffer, node.shape, _channels_last(len(node.shape)))):
             for user in users:
                 if user is not None and user.kind == "cat" and user.inputs.count(node) == 1:
                     self.places[node] = self.part(user, user.inputs.index(node))
                     return self.places[node]
-            if len(node.shape) == 4:
+            if len(node.shape) == 4 and not returned:
                 place = self.image(node.shape)
-        number = self.graph.outputs.index(node) if None in users else -1
-        if number >= 0 and place.same_strides(dense(place.buffer, node.shape)):
+        if returned:
             place.buffer.kind, place.buffer.number = "output", number
             self.outputs[number] = place.buffer
         self.places[node] = place
@@ -127,7 +132,7 @@ class _Scheduler:
         """Memory for images, channels last, whose pixels do not compete for cache lines."""
         n, c, h, w = shape
         step = pitch(c) if h * w > 1 else c
-        return dense(Buffer("arena", n * h * w * step), shape, _channels_last(4), step)
+        return dense(Buffer("arena", n * h * w * step), shape, CHANNELS_LAST, step)
 
     def part(self, cat: Node, number: int) -> Place:
         """The slice of a concatenation that one of its inputs fills."""
@@ -198,7 +203,7 @@ class _Scheduler:
         else:
             if x.strides[1] != 1 and inner > 16:
                 x = self.lanes(x, 1)
-            y = self.allocate(node, _channels_last(4))
+            y = self.allocate(node, CHANNELS_LAST)
             sizes = [node.shape[i] for i in (0, 2, 3)]
             walks = [[p.strides[i] for i in (0, 2, 3)] for p in (x, y, *extras)]
         common: dict[str, Any] = {"channels": (inner, out // groups), "groups": groups}
@@ -244,7 +249,7 @@ class _Scheduler:
         attributes = node.attributes
         x = self.lanes(self.place(node.inputs[0]), 1)
         extras = self.extras(node, 1)
-        y = self.allocate(node, _channels_last(4))
+        y = self.allocate(node, CHANNELS_LAST)
         does = Window(
             batch=node.shape[0],
             size=(node.shape[2], node.shape[3]),
@@ -359,7 +364,7 @@ class _Scheduler:
         assert node.shape is not None
         x = self.lanes(self.place(node.inputs[0]), 1)
         extras = self.extras(node, 1)
-        y = self.allocate(node, _channels_last(4))
+        y = self.allocate(node, CHANNELS_LAST)
         does = Resample(
             batch=node.shape[0],
             size=(node.shape[2], node.shape[3]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .emit.kernel import Kernel
 from .graph import Node, Recipe
-from .memory import Buffer, Place
+from .memory import Buffer, Form, Place
 
 
 @dataclass(eq=False)
@@ -40,7 +40,8 @@ class Schedule:
         arguments: the graph's inputs.
         inputs: per argument, its buffer; `None` if it is no float32 tensor.
         outputs: per result, its buffer, or the node of a result that only torch holds.
-        shapes: per result, its shape; `None` if it is no float32 tensor.
+        expected: per argument, its form; `None` if it is no float32 tensor.
+        results: per result, its form, likewise.
     """
 
     steps: list[Step]
@@ -48,4 +49,5 @@ class Schedule:
     arguments: list[Node]
     inputs: list[Buffer | None]
     outputs: list[Buffer | Node]
-    shapes: list[tuple[int, ...] | None]
+    expected: list[Form | None]
+    results: list[Form | None]
