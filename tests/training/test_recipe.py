@@ -9,7 +9,14 @@ from torch import nn
 
 pytest.importorskip("lightning")
 
-from separable.training.optimizing import averaging, optimizer_of, rate, schedule_of, without_decay
+from separable.training.optimizing import (
+    averaging,
+    optimizer_of,
+    rate,
+    schedule_of,
+    sizes_of,
+    without_decay,
+)
 from separable.training.recipe import Distillation, Recipe, described, read_config
 
 from .networks import net
@@ -17,7 +24,8 @@ from .networks import net
 
 def grouped(recipe, network):
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    optimizer = optimizer_of(network.named_parameters(), without_decay(network), recipe)
+    plain, sizes = without_decay(network), sizes_of(network)
+    optimizer = optimizer_of(network.named_parameters(), plain, recipe, sizes)
     return optimizer, [
         ({names[id(p)] for p in group["params"]}, group["weight_decay"])
         for group in optimizer.param_groups
@@ -59,6 +67,49 @@ def test_adamw_and_frozen_parameters():
     assert optimizer.defaults["lr"] == 1e-3
     assert groups[0] == ({"7.weight"}, 0.05)
     assert not any("0.weight" in names for names, _ in groups)
+
+
+def test_relative_rates_are_those_of_the_tensors_sizes():
+    network = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1, bias=False))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([0.5, -0.5, 0.5, -0.5]).view(2, 2, 1, 1))
+        network[0].bias.zero_()
+        network[2].weight.copy_(torch.tensor([0.0, 0.0, 0.3, 0.4]).view(2, 2, 1, 1))  # 0.25
+    recipe = Distillation(lr=0.1, weight_decay=0.2)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    optimizer, _ = grouped(recipe, network)
+    rates = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert rates == {
+        "0.weight": (pytest.approx(0.05), 0.2),
+        "0.bias": (pytest.approx(0.1 * 2**-7), 0.0),  # a hundredth, to a power of two
+        "1.weight": (pytest.approx(0.1), 0.0),
+        "1.bias": (pytest.approx(0.1 * 2**-7), 0.0),
+        "2.weight": (pytest.approx(0.025), 0.2),
+    }
+    # The schedule goes on from each group's own rate, and the first step is of that size.
+    optimizer, _ = grouped(Distillation(lr=0.1), network)
+    schedule_of(optimizer, 10, Distillation(warmup=0.0))
+    network(torch.randn(4, 2, 3, 3)).square().sum().backward()
+    before = network[2].weight.detach().clone()
+    optimizer.step()
+    moved = (network[2].weight.detach() - before).abs().max()
+    assert float(moved) == pytest.approx(0.025, rel=1e-3)
+    assert [len({g["lr"] for g in grouped(r, network)[0].param_groups}) for r in (
+        Distillation(relative=False), Distillation(optimizer="sgd"), Recipe(optimizer="adamw"),
+        Recipe(optimizer="adamw", relative=True),
+    )] == [1, 1, 1, 4]  # fmt: skip
+
+
+def test_sizes_of_odd_tensors_are_finite():
+    network = nn.Module()
+    values = ([], [0.0], [math.nan], [math.inf], [1e30], [3.0])
+    for number, value in enumerate(values):
+        network.register_parameter(f"p{number}", nn.Parameter(torch.tensor(value)))
+    assert list(sizes_of(network).values()) == [1.0, 2**-7, 1.0, 1.0, 1.0, 4.0]
 
 
 def test_schedule_rises_linearly_and_falls_as_a_cosine():
@@ -113,6 +164,7 @@ def test_every_field_says_what_it_is(kind):
         ({"optimizer": "adam"}, ValueError, "must be one of sgd, adamw"),
         ({"learning_rate": 1}, ValueError, "Recipe has no `learning_rate`; the nearest is"),
         ({"epoch": 1}, ValueError, "the nearest is `epochs`"),
+        ({"relative": True}, ValueError, r"`relative` \(=True\) needs .* optimizer=adamw"),
     ],
 )
 def test_errors(options, error, words):
@@ -123,7 +175,8 @@ def test_errors(options, error, words):
 def test_defaults_by_optimiser():
     assert (Recipe().peak_lr, Recipe().decay) == (0.1, 1e-4)
     assert Recipe(optimizer="adamw", lr=3).peak_lr == 3.0
-    assert Distillation().peak_lr == pytest.approx(3e-4)
+    assert Distillation().peak_lr == pytest.approx(4e-3)
+    assert Distillation(relative=False).peak_lr == pytest.approx(3e-4)
     assert Distillation(optimizer="sgd").peak_lr == pytest.approx(0.03)
     assert Distillation(lr=3).peak_lr == 3.0
     assert Recipe(mean=0.5).mean == (0.5,)

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .loading import STEP, seed_of
 from .matching import Matching
-from .optimizing import optimizer_of, schedule_of, without_decay
+from .optimizing import optimizer_of, schedule_of, sizes_of, without_decay
 from .recipe import Distillation, Recipe
 
 
@@ -53,7 +53,7 @@ class Learning(LightningModule):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network, self.recipe = network, recipe
-        self.plain = without_decay(network)
+        self.plain, self.sizes = without_decay(network), sizes_of(network)
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule."""
@@ -66,7 +66,7 @@ class Learning(LightningModule):
         feeding: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         batches = len(feeding.train_dataloader())
         steps = self.recipe.epochs * math.ceil(batches / self.recipe.accumulate)
-        optimizer = optimizer_of(named, self.plain, self.recipe)
+        optimizer = optimizer_of(named, self.plain, self.recipe, self.sizes)
         scheduler = schedule_of(optimizer, steps, self.recipe)
         return {
             "optimizer": optimizer,

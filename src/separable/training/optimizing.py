@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .recipe import Recipe
+
+_LEAST_SIZE = 0.01  # of a tensor that begins at zero
 
 
 def without_decay(network: nn.Module) -> set[str]:
@@ -34,8 +36,25 @@ def without_decay(network: nn.Module) -> set[str]:
     return names
 
 
+def sizes_of(network: nn.Module) -> dict[str, float]:
+    """The root mean square of each parameter, to the nearest power of two.
+
+    Relative steps are those of Shazeer and Stern 2018 (arXiv:1804.04235, section 8), whose tensors
+    have a least size too, for those that begin at zero. Powers of two make few groups.
+    """
+    sizes = {}
+    for name, parameter in network.named_parameters():
+        size = float(parameter.detach().float().square().mean().sqrt())
+        size = max(size, _LEAST_SIZE) if math.isfinite(size) else 1.0
+        sizes[name] = 2.0 ** round(math.log2(size))
+    return sizes
+
+
 def optimizer_of(
-    parameters: Iterable[tuple[str, nn.Parameter]], plain: set[str], recipe: Recipe
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    plain: set[str],
+    recipe: Recipe,
+    sizes: Mapping[str, float],
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimiser.
 
@@ -43,15 +62,18 @@ def optimizer_of(
         parameters: with their names; those that need no gradient are left out.
         plain: names of those without weight decay.
         recipe: optimiser, peak rate, momentum and decay.
+        sizes: of the parameters, by name; read where the recipe's rate is relative to them.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": recipe.decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            groups[name in plain]["params"].append(parameter)
-    groups = [group for group in groups if group["params"]]
+            decay = 0.0 if name in plain else recipe.decay
+            lr = recipe.peak_lr * (sizes[name] if recipe.is_relative else 1.0)
+            members.setdefault((decay, lr), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": each, "weight_decay": decay, "lr": lr}
+        for (decay, lr), each in sorted(members.items(), key=lambda item: item[0], reverse=True)
+    ]
     lr = recipe.peak_lr
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr)

@@ -22,7 +22,9 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true",
 
 _RATES = {"sgd": 0.1, "adamw": 1e-3}
 _DECAYS = {"sgd": 1e-4, "adamw": 0.05}
-_NEAR = 0.3  # of the rate from scratch: a student begins near its teacher, and is to stay there
+# A student begins near its teacher, and is to stay there.
+_NEAR_RATES = {"sgd": 0.03, "adamw": 3e-4}
+_RELATIVE_RATE = 4e-3
 
 
 def _field(default: Any, text: str, least: float | None = None, most: float = math.inf) -> Any:
@@ -55,6 +57,9 @@ class Recipe:
     optimizer: Optimizer = _field("sgd", "SGD with Nesterov momentum, or AdamW.")
     lr: float | None = _field(
         None, "Peak learning rate; left out 0.1 for SGD and 0.001 for AdamW.", 0
+    )
+    relative: bool | None = _field(
+        None, "Multiply the rate of each tensor by its size, AdamW only; left out no."
     )
     momentum: float = _field(0.9, "Of SGD.", 0, 1)
     weight_decay: float | None = _field(
@@ -120,10 +125,21 @@ class Recipe:
                 span = f"at least {least}" if most == math.inf else f"{least} to {most}"
                 raise ValueError(f"`{field.name}` (={value!r}) must be {span}")
 
+        if self.relative and self.optimizer != "adamw":
+            raise ValueError(
+                f"`relative` (=True) needs steps that do not grow with the gradient; leave it out, "
+                f"or take optimizer=adamw in place of {self.optimizer}"
+            )
+
     @property
     def peak_lr(self) -> float:
         """The largest learning rate."""
         return _RATES[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether each tensor's rate is multiplied by its size."""
+        return bool(self.relative)
 
     @property
     def decay(self) -> float:
@@ -159,7 +175,12 @@ class Distillation(Recipe):
     )
     optimizer: Optimizer = _field("adamw", "SGD with Nesterov momentum, or AdamW.")
     lr: float | None = _field(
-        None, "Peak learning rate; left out 0.03 for SGD and 0.0003 for AdamW.", 0
+        None,
+        "Peak learning rate; left out 0.03 for SGD, for AdamW 0.004 if relative, 0.0003 if not.",
+        0,
+    )
+    relative: bool | None = _field(
+        None, "Multiply the rate of each tensor by its size, AdamW only; left out yes for AdamW."
     )
     weight_decay: float | None = _field(
         0.0,
@@ -188,7 +209,14 @@ class Distillation(Recipe):
     @property
     def peak_lr(self) -> float:
         """The largest learning rate."""
-        return _NEAR * _RATES[self.optimizer] if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        return _RELATIVE_RATE if self.is_relative else _NEAR_RATES[self.optimizer]
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether each tensor's rate is multiplied by its size."""
+        return self.optimizer == "adamw" if self.relative is None else self.relative
 
 
 class Described(NamedTuple):
