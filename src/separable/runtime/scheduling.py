@@ -22,12 +22,13 @@ from .emit.expression import operand
 from .emit.kernel import Description, Kernel
 from .emit.reduction import Mean, Rows
 from .emit.resample import Resample
-from .emit.tiling import merge_axes, pitch
+from .emit.tiling import merge_axes
 from .emit.window import Window
 from .fusing import fuse_chains
-from .graph import Graph, Node, Recipe
+from .graph import Graph, Node
 from .machine import Machine
 from .memory import CHANNELS_LAST, Buffer, Place, dense
+from .placing import Memory, channels_last
 from .steps import Schedule, Step
 from .tiles import choose_conv_tile, choose_tile
 
@@ -47,18 +48,11 @@ def schedule(graph: Graph, machine: Machine, threads: int, fuse: bool = True) ->
     return result
 
 
-def _channels_last(rank: int) -> tuple[int, ...]:
-    return CHANNELS_LAST if rank == len(CHANNELS_LAST) else tuple(range(rank))
-
-
 class _Scheduler:
     def __init__(self, graph: Graph, machine: Machine, threads: int) -> None:
         self.graph, self.machine, self.threads = graph, machine, threads
-        self.users = graph.users()
-        self.places: dict[Node, Place] = {}
+        self.memory = Memory(graph)
         self.steps: list[Step] = []
-        self.constants: list[tuple[Buffer, Recipe]] = []
-        self.outputs: dict[int, Buffer] = {}
 
     def run(self) -> Schedule:
         inputs: list[Buffer | None] = []
@@ -67,7 +61,7 @@ class _Scheduler:
             inputs.append(None)
             if form is not None:
                 buffer = inputs[-1] = Buffer("input", math.prod(form.shape), number)
-                self.places[node] = form.place(buffer)
+                self.memory.places[node] = form.place(buffer)
         for node in self.graph.nodes:
             getattr(self, "_" + node.kind)(node)
         outputs: list[Buffer | Node] = []
@@ -76,13 +70,14 @@ class _Scheduler:
             if form is None:
                 outputs.append(node)
                 continue
-            buffer = self.outputs.get(number) or Buffer("output", math.prod(form.shape), number)
-            if number not in self.outputs:
-                self.copy(self.place(node), form.place(buffer), node)
-            outputs.append(buffer)
+            if number not in self.memory.outputs:
+                result = Buffer("output", math.prod(form.shape), number)
+                self.copy(self.memory.place(node), form.place(result), node)
+                self.memory.outputs[number] = result
+            outputs.append(self.memory.outputs[number])
         return Schedule(
             self.steps,
-            self.constants,
+            self.memory.constants,
             self.graph.inputs,
             inputs,
             outputs,
@@ -90,59 +85,7 @@ class _Scheduler:
             self.graph.results,
         )
 
-    # -- memory -------------------------------------------------------------------------------
-
-    def place(self, node: Node) -> Place:
-        """Where the result of a node lies; constants are packed on first use."""
-        if node not in self.places:
-            assert node.kind == "constant"
-            assert node.shape is not None
-            buffer = self.constant(math.prod(node.shape), node.attributes["recipe"])
-            self.places[node] = dense(buffer, node.shape)
-        return self.places[node]
-
-    def constant(self, size: int, recipe: Recipe) -> Buffer:
-        """A buffer for what `recipe` computes."""
-        buffer = Buffer("constant", size, len(self.constants))
-        self.constants.append((buffer, recipe))
-        return buffer
-
-    def allocate(self, node: Node, order: Sequence[int]) -> Place:
-        """Memory for the result of `node`, its axes in this order, outermost first."""
-        assert node.shape is not None
-        users = self.users.get(node, [])
-        place = dense(Buffer("arena", math.prod(node.shape)), node.shape, order)
-        number = self.graph.outputs.index(node) if None in users else -1
-        form = self.graph.results[number] if number >= 0 else None
-        returned = form is not None and place.same_strides(form.place(place.buffer))
-        if place.same_strides(dense(place.buffer, node.shape, _channels_last(len(node.shape)))):
-            for user in users:
-                if user is not None and user.kind == "cat" and user.inputs.count(node) == 1:
-                    self.places[node] = self.part(user, user.inputs.index(node))
-                    return self.places[node]
-            if len(node.shape) == 4 and not returned:
-                place = self.image(node.shape)
-        if returned:
-            place.buffer.kind, place.buffer.number = "output", number
-            self.outputs[number] = place.buffer
-        self.places[node] = place
-        return place
-
-    def image(self, shape: Sequence[int]) -> Place:
-        """Memory for images, channels last, whose pixels do not compete for cache lines."""
-        n, c, h, w = shape
-        step = pitch(c) if h * w > 1 else c
-        return dense(Buffer("arena", n * h * w * step), shape, CHANNELS_LAST, step)
-
-    def part(self, cat: Node, number: int) -> Place:
-        """The slice of a concatenation that one of its inputs fills."""
-        assert cat.shape is not None
-        if cat not in self.places:
-            self.allocate(cat, _channels_last(len(cat.shape)))
-        sizes = [(source.shape or ())[cat.attributes["axis"]] for source in cat.inputs]
-        start = sum(sizes[:number])
-        axis = cat.attributes["axis"]
-        return self.places[cat].through(lambda t: t.narrow(axis, start, sizes[number]))
+    # -- copies and operands ---------------------------------------------------------------------
 
     def copy(self, source: Place, target: Place, node: Node | None = None) -> Place:
         """Emit a copy between layouts."""
@@ -168,9 +111,9 @@ class _Scheduler:
         shape = node.shape
         places = []
         for source in node.inputs[len(node.inputs) - node.extras :]:
-            place = self.place(source).through(lambda t: t.expand(shape))
+            place = self.memory.place(source).through(lambda t: t.expand(shape))
             if place.strides[axis] not in (0, 1):
-                small = self.place(source)
+                small = self.memory.place(source)
                 missing = len(shape) - len(small.shape)
                 place = self.lanes(small, axis - missing).through(lambda t: t.expand(shape))
             places.append(place)
@@ -189,21 +132,21 @@ class _Scheduler:
     def _conv(self, node: Node) -> None:
         assert node.shape is not None
         attributes = node.attributes
-        x = self.place(node.inputs[0])
+        x = self.memory.place(node.inputs[0])
         groups = attributes["groups"]
         weight, bias = node.inputs[1:3]
         out, inner, *_ = weight.shape or ()
         axis = node.channel_axis
         extras = self.extras(node, axis)
         if attributes.get("linear"):
-            y = self.allocate(node, range(len(node.shape)))
+            y = self.memory.allocate(node, range(len(node.shape)))
             leading = range(len(node.shape) - 1)
             sizes = [node.shape[i] for i in leading]
             walks = [[p.strides[i] for i in leading] for p in (x, y, *extras)]
         else:
             if x.strides[1] != 1 and inner > 16:
                 x = self.lanes(x, 1)
-            y = self.allocate(node, CHANNELS_LAST)
+            y = self.memory.allocate(node, CHANNELS_LAST)
             sizes = [node.shape[i] for i in (0, 2, 3)]
             walks = [[p.strides[i] for i in (0, 2, 3)] for p in (x, y, *extras)]
         common: dict[str, Any] = {"channels": (inner, out // groups), "groups": groups}
@@ -241,15 +184,15 @@ class _Scheduler:
         def recipe() -> torch.Tensor:
             return torch.cat(conv_kernel.pack(does, tile, machine, w(), b()))
 
-        packed = self.constant(padded * (does.depth + 1), recipe)
+        packed = self.memory.constant(padded * (does.depth + 1), recipe)
         self.step(node, does, [x, (packed, 0), (packed, padded * does.depth), *extras, y])
 
     def _window(self, node: Node) -> None:
         assert node.shape is not None
         attributes = node.attributes
-        x = self.lanes(self.place(node.inputs[0]), 1)
+        x = self.lanes(self.memory.place(node.inputs[0]), 1)
         extras = self.extras(node, 1)
-        y = self.allocate(node, CHANNELS_LAST)
+        y = self.memory.allocate(node, CHANNELS_LAST)
         does = Window(
             batch=node.shape[0],
             size=(node.shape[2], node.shape[3]),
@@ -271,17 +214,17 @@ class _Scheduler:
             def recipe() -> torch.Tensor:
                 return torch.cat(window_kernel.pack(does, machine, w(), b()))
 
-            packed = self.constant(padded * (taps + 1), recipe)
+            packed = self.memory.constant(padded * (taps + 1), recipe)
             weights = [(packed, 0), (packed, padded * taps)]
         self.step(node, does, [x, *weights, *extras, y])
 
     def _map(self, node: Node) -> None:
         assert node.shape is not None
-        sources = [self.place(source) for source in node.inputs]
+        sources = [self.memory.place(source) for source in node.inputs]
         full = [p for p in sources if p.shape == node.shape and p.buffer.kind != "constant"]
         rank = len(node.shape)
-        order = full[0].order if full else _channels_last(rank)
-        y = self.allocate(node, order)
+        order = full[0].order if full else channels_last(rank)
+        y = self.memory.allocate(node, order)
         self.map(sources, y, y.order, node.epilogue, node)
 
     def map(
@@ -304,10 +247,10 @@ class _Scheduler:
 
     def _mean(self, node: Node) -> None:
         assert node.shape is not None
-        x = self.place(node.inputs[0])
+        x = self.memory.place(node.inputs[0])
         axes = node.attributes["axes"]
         lanes = [i for i, size in enumerate(x.shape) if x.strides[i] == 1 and size > 1]
-        y = self.allocate(node, range(len(node.shape)))
+        y = self.memory.allocate(node, range(len(node.shape)))
         extras = self.extras(node, lanes[0] if lanes and lanes[0] not in axes else 0)
         others = [i for i in range(len(x.shape)) if i not in axes]
         if lanes and lanes[0] not in axes:
@@ -340,9 +283,9 @@ class _Scheduler:
         self.rows(node, "softmax", node.attributes["axis"])
 
     def rows(self, node: Node, kind: str, axis: int, eps: float = 0.0) -> None:
-        x = self.lanes(self.place(node.inputs[0]), axis)
+        x = self.lanes(self.memory.place(node.inputs[0]), axis)
         others = [i for i in x.order if i != axis]
-        y = self.allocate(node, [*others, axis])
+        y = self.memory.allocate(node, [*others, axis])
         extras = self.extras(node, axis)
         walks = [[p.strides[i] for i in others] for p in (x, y, *extras)]
         sizes, walks = merge_axes([x.shape[i] for i in others], walks)
@@ -362,9 +305,9 @@ class _Scheduler:
 
     def _resample(self, node: Node) -> None:
         assert node.shape is not None
-        x = self.lanes(self.place(node.inputs[0]), 1)
+        x = self.lanes(self.memory.place(node.inputs[0]), 1)
         extras = self.extras(node, 1)
-        y = self.allocate(node, CHANNELS_LAST)
+        y = self.memory.allocate(node, CHANNELS_LAST)
         does = Resample(
             batch=node.shape[0],
             size=(node.shape[2], node.shape[3]),
@@ -376,20 +319,20 @@ class _Scheduler:
             epilogue=node.epilogue,
             **node.attributes,
         )
-        entries = self.constant(
+        entries = self.memory.constant(
             sum(does.size) * resample_kernel.ENTRY, lambda: resample_kernel.table(does)
         )
         self.step(node, does, [x, (entries, 0), *extras, y])
 
     def _cat(self, node: Node) -> None:
         for number, source in enumerate(node.inputs):
-            part, place = self.part(node, number), self.place(source)
+            part, place = self.memory.part(node, number), self.memory.place(source)
             if place != part:
                 self.copy(place, part, node)
 
     def _pad(self, node: Node) -> None:
-        x = self.place(node.inputs[0])
-        y = self.allocate(node, x.order)
+        x = self.memory.place(node.inputs[0])
+        y = self.memory.allocate(node, x.order)
         self.map([], y, y.order, node.attributes["value"], node)
 
         def inside(t: torch.Tensor) -> torch.Tensor:
@@ -400,7 +343,7 @@ class _Scheduler:
         self.copy(x, y.through(inside), node)
 
     def _view(self, node: Node) -> None:
-        x, a = self.place(node.inputs[0]), node.attributes
+        x, a = self.memory.place(node.inputs[0]), node.attributes
         shape = node.shape or ()
         look: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
             "permute": lambda t: t.permute(a["order"]),
@@ -411,21 +354,21 @@ class _Scheduler:
             ].narrow(a["axis"], 0, shape[a["axis"]]),
         }
         try:
-            self.places[node] = x.through(look[a["view"]])
+            self.memory.places[node] = x.through(look[a["view"]])
         except RuntimeError:  # no strides can express this reshape
             x = self.relaid(x, range(len(x.shape)))
-            self.places[node] = x.through(look[a["view"]])
+            self.memory.places[node] = x.through(look[a["view"]])
 
     def _torch(self, node: Node) -> None:
         operands = {
-            source: self.place(source)
+            source: self.memory.place(source)
             for source in node.inputs
             if source.shape is not None and source.kind != "constant"
         }
         output = None
         if node.shape is not None:
             output = dense(Buffer("arena", math.prod(node.shape)), node.shape)
-            self.places[node] = output
+            self.memory.places[node] = output
         places = [*operands.values(), *([output] if output else [])]
         arguments = [(p.buffer, p.offset) for p in places]
         self.steps.append(Step(node, arguments, None, operands, output))
