@@ -65,7 +65,7 @@ class GraphRunner:
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the traced graph, weights among them."""
         free = [args[i] for i in self._free]
-        key = tuple((Form.of(x), x.dtype) if isinstance(x, torch.Tensor) else x for x in free)
+        key = tuple(_kind(x) for x in free)
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
@@ -102,6 +102,13 @@ class GraphRunner:
                 return inner(*(args[i] for i in self._free))
 
         return run
+
+
+def _kind(x: Any) -> Any:
+    """What a compilation is specialised to: the form of a tensor, the value of anything else."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.dtype, Form.of(x) if x.layout is torch.strided else x.shape
 
 
 def _is_weight(x: Any) -> bool:
