@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -11,6 +13,7 @@ SETS = ("digits", "cluttered")
 CANVAS = 32
 
 
+@functools.cache
 def load(name: str, train: int = 5000, test: int = 2000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training inputs and labels, then test inputs and labels; always the same ones.
 

@@ -332,16 +332,15 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
     if written != set(range(len(header.results))):
         raise ValueError("a result is computed by no kernel")
 
-    def whole(kind: str, number: int, form: Form | None) -> Buffer | None:
-        return None if form is None else Buffer(kind, math.prod(form.shape), number)
-
-    outputs = [whole("output", i, form) for i, form in enumerate(header.results)]
     return Schedule(
         steps,
         [(constant, _no_recipe) for constant in constants],
         [],
-        [whole("input", i, form) for i, form in enumerate(header.expected)],
-        [output for output in outputs if output],
+        [
+            None if form is None else form.buffer("input", i)
+            for i, form in enumerate(header.expected)
+        ],
+        [form.buffer("output", i) for i, form in enumerate(header.results) if form],
         list(header.expected),
         list(header.results),
     )

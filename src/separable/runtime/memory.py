@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,10 @@ class Form:
         """A tensor of this form, its values undefined, of another batch if it is given."""
         shape = self.shape if batch is None else (batch, *self.shape[1:])
         return torch.empty(shape, memory_format=self.memory_format)
+
+    def buffer(self, kind: str, number: int) -> Buffer:
+        """One for a tensor of this form."""
+        return Buffer(kind, math.prod(self.shape), number)
 
     def place(self, buffer: Buffer) -> Place:
         """Where its values lie in a buffer of its own."""

@@ -60,7 +60,7 @@ class _Scheduler:
         for number, (node, form) in enumerate(arguments):
             inputs.append(None)
             if form is not None:
-                buffer = inputs[-1] = Buffer("input", math.prod(form.shape), number)
+                buffer = inputs[-1] = form.buffer("input", number)
                 self.memory.places[node] = form.place(buffer)
         for node in self.graph.nodes:
             getattr(self, "_" + node.kind)(node)
@@ -71,7 +71,7 @@ class _Scheduler:
                 outputs.append(node)
                 continue
             if number not in self.memory.outputs:
-                result = Buffer("output", math.prod(form.shape), number)
+                result = form.buffer("output", number)
                 self.copy(self.memory.place(node), form.place(result), node)
                 self.memory.outputs[number] = result
             outputs.append(self.memory.outputs[number])

@@ -53,7 +53,8 @@ class Learning(LightningModule):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network, self.recipe = network, recipe
-        self.plain, self.sizes = without_decay(network), sizes_of(network)
+        self.plain = without_decay(network)
+        self.sizes = sizes_of(network) if recipe.is_relative else {}
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule."""

@@ -160,9 +160,7 @@ class _Emitter:
     def task(self, task: Index, tile: WindowTile) -> None:
         b, window = self.b, self.window
         shares, bands = task_grid(window, tile, b.machine)
-        share, band = b.divmod(task, bands)
-        if shares == 1:
-            share, band = 0, task
+        share, band = b.divmod(task, bands) if shares > 1 else (0, task)
 
         def part(number: Index, size: int, length: int) -> tuple[Index, Index]:
             start = b.mul(number, size)
