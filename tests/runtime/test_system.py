@@ -94,6 +94,9 @@ def test_benchmark() -> None:
     assert [t.runtime for t in result.timings] == ["separable", "eager"]
     assert all(t.median > 0 and not t.note for t in result.timings)
     assert "small" in str(result)
+    own, peak = result.timings[0], result.at_peak
+    assert 0 < result.peak_share == peak.median / own.median
+    assert result.to_dict()["peak_share"] == result.peak_share
     with pytest.raises(ValueError, match="known are"):
         benchmark(network(), (1, 3, 20, 20), against=["tensorflow"])
 
