@@ -27,7 +27,8 @@ from .onnx_graph import onnx_program
 from .roofline import Peak
 
 Runner = Callable[[], Any]
-_CALLS = 3  # measured per turn, behind one that warms the caches
+_CALLS = 3  # measured per turn
+_WARM = 0.05  # seconds of calls before them, in which caches and clock come back from the rest
 _REST = 0.1  # seconds before a turn, in which the threads of the one before stop spinning
 
 
@@ -202,7 +203,10 @@ def _benchmark(
     for _ in timed(range(turns), network or "measuring"):
         for name, run in runners.items():
             time.sleep(_REST)
+            end = time.perf_counter() + _WARM
             run()
+            while time.perf_counter() < end:
+                run()
             times[name] += [_milliseconds(run) for _ in range(_CALLS)]
             if name == "separable":
                 # At the clock it leaves: wide vectors and memory traffic lower it for a while.

@@ -34,6 +34,7 @@ _LONGEST = 4  # convolutions in a chain
 _TASKS_PER_THREAD = 4
 # Cycles per byte of what does not stay in the L2 cache, and of rows that move within it.
 _WRITE, _READ, _MOVE = 0.06, 0.04, 0.06
+_ROOM = 0.6  # of L2, for the rows and weights of a chain
 _STEP = 300.0  # cycles to begin a step, and once more per further thread
 _MARGIN = 1.03  # a chain must be better by so much
 
@@ -261,11 +262,9 @@ def chained_cycles(chain: Chain, tile: ChainTile, machine: Machine, threads: int
     weights = sum(_weight_bytes(stage) for stage in stages)
     cycles += (bands - 1) * max(0, weights - machine.l2 // 2) * _READ
     widths = (stages[0].in_size[1] * chains.inputs(stages[0]), last.size[1] * chains.outputs(last))
-    passing = tile.rows * sum(widths)
-    room = machine.l2 * (0.75 if weights < machine.l2 // 2 else 0.5)
-    if 4 * (chains.scratch_size(chain, tile.rows) + passing) > room:
-        between = sum(_output_bytes(stage) for stage in stages[:-1])
-        cycles += between / last.batch * (_WRITE + _READ)
+    touched = weights + 4 * (chains.scratch_size(chain, tile.rows) + tile.rows * sum(widths))
+    between = sum(_output_bytes(stage) for stage in stages[:-1]) / last.batch
+    cycles += _beyond(touched, _ROOM * machine.l2) * between * (_WRITE + _READ)
     rows = [
         min(tile.rows * tile.bands, last.size[0] - i)
         for i in range(0, last.size[0], tile.rows * tile.bands)
@@ -306,8 +305,13 @@ def _imbalance(tasks: Sequence[int], threads: int) -> float:
 
 def _passing(read: int, written: int, machine: Machine, threads: int) -> float:
     """Cycles for what a step reads and writes beyond the cache, half of which is others'."""
-    beyond = max(0.0, 1 - threads * machine.l2 / 2 / (read + written))
+    beyond = _beyond(read + written, threads * machine.l2 // 2)
     return beyond * (read * _READ + written * _WRITE)
+
+
+def _beyond(touched: float, room: float) -> float:
+    """The share of so many bytes, touched in turn, for which a cache has no room."""
+    return max(0.0, 1 - room / touched)
 
 
 def _new_rows(stage: Stage, rows: int, last: Stage) -> list[int]:
