@@ -36,7 +36,8 @@ _TASKS_PER_THREAD = 4
 _WRITE, _READ, _MOVE = 0.06, 0.04, 0.06
 _ROOM = 0.6  # of L2, for the rows and weights of a chain
 _STEP = 300.0  # cycles to begin a step, and once more per further thread
-_MARGIN = 1.03  # a chain must be better by so much
+# A chain must be better by so much; its tasks are fewer, so that threads wait longer for the last.
+_MARGIN, _MARGIN_OF_THREADS = 1.01, 1.03
 
 
 def fuse_chains(steps: Sequence[Step], machine: Machine, threads: int) -> list[Step]:
@@ -269,7 +270,8 @@ def chained_cycles(chain: Chain, tile: ChainTile, machine: Machine, threads: int
         min(tile.rows * tile.bands, last.size[0] - i)
         for i in range(0, last.size[0], tile.rows * tile.bands)
     ]
-    cycles = _MARGIN * last.batch * cycles * _imbalance(rows * last.batch, threads)
+    margin = _MARGIN if threads == 1 else _MARGIN_OF_THREADS
+    cycles = margin * last.batch * cycles * _imbalance(rows * last.batch, threads)
     cycles += _passing(_input_bytes(stages[0]), _output_bytes(last), machine, threads)
     return cycles / threads + _STEP * threads
 
@@ -280,12 +282,8 @@ def cycles_alone(kernel: Kernel, threads: int) -> float:
     if isinstance(stage, Map) and (axis := transposed_axis(stage)) is not None:
         count, sides = math.prod(stage.sizes), (stage.sizes[axis], stage.sizes[-1])
         cycles = count / math.prod(sides) * _squares(*sides, machine)
-        # It goes by channels, its neighbours by rows: of what exceeds the caches nothing is left in
-        # them, and of the rest most lies in those of other threads. Both sides are to fit.
-        if 8 * count > threads * machine.l2 // 2:
-            cycles += 4 * count * (_READ + _WRITE)
-        else:
-            cycles += 4 * count * (1 - 1 / threads) * _READ
+        # It goes by channels, its neighbours by rows: little of either side is left in the caches.
+        cycles += 4 * count * (_READ + _WRITE)
     elif isinstance(stage, Conv | Window):
         cut = tile if isinstance(tile, ConvTile) else None
         cycles = stage.batch * _arithmetic(stage, cut, None, machine)
