@@ -97,8 +97,17 @@ def test_benchmark() -> None:
     own, peak = result.timings[0], result.at_peak
     assert 0 < result.peak_share == peak.median / own.median
     assert result.to_dict()["peak_share"] == result.peak_share
+    assert benchmark(network(), (1, 3, 20, 20), against=[], turns=1).peak_share > 0
     with pytest.raises(ValueError, match="known are"):
         benchmark(network(), (1, 3, 20, 20), against=["tensorflow"])
+
+
+def test_benchmark_says_whose_output_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("separable.runtime.benchmarking.TOLERANCE", 0.0)
+    result = benchmark(network(), (1, 3, 20, 20), against=["eager"], turns=1)
+    assert all("wrong output" in t.note for t in result.timings)
+    assert result.peak_share == result.advantage == 0
+    assert "wrong output" in str(result)
 
 
 @settings(max_examples=50, deadline=None)

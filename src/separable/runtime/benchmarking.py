@@ -218,7 +218,6 @@ def _benchmark(
         else _timing(name, times[name], errors[name])
         for name in ("separable", *against)
     ]
-
     return Benchmark(
         network=network,
         input_size=input_size,
@@ -238,7 +237,9 @@ def _milliseconds(run: Runner) -> float:
 
 
 def _timing(name: str, times: list[float], error: float = 0.0) -> Timing:
-    low, median, high = statistics.quantiles(times, n=4)
+    if not times:
+        return Timing(name, _version(name), note="not measured")
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
     return Timing(name, _version(name), median, low, high, min(times), error)
 
 
