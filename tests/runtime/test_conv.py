@@ -116,7 +116,8 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
     tensors = [x, weight, bias]
     eager = kernel_file.reference(does, *tensors, [extra])
     exact = kernel_file.reference(does, *(t.double() for t in tensors), [extra.double()])
-    assert_as_exact_as_eager(y, eager, exact)
+    # What is summed is of size one: a rounding or two of that, where little of the sum is left.
+    assert_as_exact_as_eager(y, eager, exact, least=2.4e-7)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

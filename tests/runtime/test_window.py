@@ -111,7 +111,8 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
     exact = kernel_file.reference(
         does, x.double(), weight.double(), bias.double(), [extra.double()]
     )
-    assert_as_exact_as_eager(y, eager, exact)
+    # What is summed is of size one: a rounding or two of that, where little of the sum is left.
+    assert_as_exact_as_eager(y, eager, exact, least=2.4e-7)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
