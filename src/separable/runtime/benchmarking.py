@@ -213,9 +213,7 @@ def _benchmark(
                 at_peak.append(_milliseconds(lambda: peak.multiply_adds(macs // threads)))
         peak.measure()
     timings = [
-        Timing(name, _version(name), note=notes[name])
-        if name in notes
-        else _timing(name, times[name], errors[name])
+        _timing(name, times.get(name, []), errors.get(name, 0.0), notes.get(name, ""))
         for name in ("separable", *against)
     ]
     return Benchmark(
@@ -236,9 +234,9 @@ def _milliseconds(run: Runner) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _timing(name: str, times: list[float], error: float = 0.0) -> Timing:
+def _timing(name: str, times: list[float], error: float = 0.0, note: str = "") -> Timing:
     if not times:
-        return Timing(name, _version(name), note="not measured")
+        return Timing(name, _version(name), note=note)
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
     return Timing(name, _version(name), median, low, high, min(times), error)
 

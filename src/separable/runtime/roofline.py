@@ -27,7 +27,7 @@ class Peak:
 
     def __init__(self, machine: Machine) -> None:
         self.flops = self.bandwidth = 0.0
-        self._per_turn = 2 * _CHAINS * machine.width
+        self._per_turn = _CHAINS * machine.width
         self._code = jit.compile_ir(_multiply_adds(machine), machine)
         self._call = jit.foreign(self._code, "kernel", 3)
         self._operand = torch.full((machine.width,), 0.5)
@@ -36,15 +36,15 @@ class Peak:
     def multiply_adds(self, count: int) -> None:
         """Do about so many multiply-adds in registers."""
         array = (ctypes.c_void_p * 1)(self._operand.data_ptr())
-        self._call(ctypes.addressof(array), 0, max(1, 2 * count // self._per_turn))
+        self._call(ctypes.addressof(array), 0, max(1, count // self._per_turn))
 
     def measure(self) -> None:
         """Measure once more; takes about a millisecond."""
+        count = _TURNS * self._per_turn
         for _ in range(_BURSTS):
             start = time.perf_counter()
-            self.multiply_adds(_TURNS * self._per_turn // 2)
-            seconds = time.perf_counter() - start
-            self.flops = max(self.flops, _TURNS * self._per_turn / seconds)
+            self.multiply_adds(count)
+            self.flops = max(self.flops, 2 * count / (time.perf_counter() - start))
         start = time.perf_counter()
         self._target.copy_(self._source)
         self.bandwidth = max(self.bandwidth, _BYTES / (time.perf_counter() - start))
