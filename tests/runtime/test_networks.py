@@ -150,6 +150,10 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         Call(lambda x, a: F.scaled_dot_product_attention(*[a(x).flatten(2)] * 3), a=c(12, 8)),
         False,
     ),
+    "torch-behind-fused": (
+        Call(lambda x, a: F.hardtanh(F.relu(a(x))).cumsum(1) * x, a=c(12, 12)),
+        False,
+    ),
     "sort": (Call(lambda x, a: a(x).sort(1), a=c(12, 8)), False),
     "positions": (Call(lambda x: x.argmax(1)), False),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from ..progress import progress
 from . import jit
 from .emit import driver
 from .emit.kernel import Kernel
-from .graph import Node
+from .graph import Node, Operand
 from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
 from .steps import Schedule, Step
@@ -279,6 +279,7 @@ class Program:
         outputs: Sequence[torch.Tensor | None],
     ) -> None:
         assert step.node is not None
+        sources = step.node.inputs
         tensors = [frame.arena, frame.weights, *inputs, *outputs]
 
         def look(place: Place) -> torch.Tensor:
@@ -286,7 +287,8 @@ class Program:
             offset = place.buffer.offset + place.offset + base.storage_offset()
             return base.as_strided(place.shape, place.strides, offset)
 
-        def value(node: Node) -> Any:
+        def value(operand: Operand) -> Any:
+            node = sources[operand.number]
             if node in step.operands:
                 return look(step.operands[node])
             if node.kind == "constant":
@@ -297,7 +299,7 @@ class Program:
 
         attributes = step.node.attributes
         arguments, named = pytree.tree_map_only(
-            Node, value, (attributes["arguments"], attributes["named"])
+            Operand, value, (attributes["arguments"], attributes["named"])
         )
         with torch.no_grad():
             result = attributes["target"](*arguments, **named)

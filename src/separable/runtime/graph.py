@@ -53,6 +53,17 @@ class Node:
         return len(self.shape) - 1 if self.attributes.get("linear") else 1
 
 
+@dataclass(frozen=True)
+class Operand:
+    """In the arguments of a `"torch"` node, the place of one of its inputs.
+
+    Attributes:
+        number: of the input.
+    """
+
+    number: int
+
+
 def constant(recipe: Recipe, shape: Iterable[int], name: str = "") -> Node:
     """A constant, computed by `recipe` once per version of the weights."""
     return Node("constant", tuple(shape), attributes={"recipe": recipe}, name=name)

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from .graph import Graph, Node, constant
+from .graph import Graph, Node, Operand, constant
 from .lowering import LOWERINGS
 from .memory import Form
 
@@ -133,10 +133,14 @@ class _Importer:
     def fallback(self, node: torch.fx.Node, arguments: Any, named: Any) -> Node:
         meta: Any = node.meta.get("val")
         leaves = [x for x in pytree.tree_leaves((arguments, named)) if isinstance(x, Node)]
+        inputs = list(dict.fromkeys(leaves))
+        arguments, named = pytree.tree_map_only(
+            Node, lambda x: Operand(inputs.index(x)), (arguments, named)
+        )
         result = Node(
             "torch",
             tuple(meta.shape) if _is_float(meta) else None,
-            list(dict.fromkeys(leaves)),
+            inputs,
             {"target": node.target, "arguments": arguments, "named": named},
         )
         self.add(result, _layer(node))
