@@ -53,11 +53,7 @@ class Checkpoints(TorchCheckpointIO):
         """Write a checkpoint and its weights."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name.removeprefix(_PREFIX): tensor
-            for name, tensor in checkpoint["state_dict"].items()
-            if name.startswith(_PREFIX)
-        }
+        weights = weights_of(checkpoint["state_dict"])
         write_weights(self.network, weights, path.with_suffix(".safetensors"))
         with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
@@ -86,6 +82,15 @@ def checkpoint_callbacks(
     callbacks.append(keep(LAST, every_n_train_steps=every))
     callbacks.append(keep(LAST, every_n_epochs=1, save_on_train_epoch_end=True))
     return callbacks
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a network in the state of its training, by their names in the network."""
+    return {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(_PREFIX)
+    }
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -20,10 +20,18 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from .checkpoints import Checkpoints, checkpoint_callbacks, last_checkpoint, steps_of
+from .checkpoints import (
+    Checkpoints,
+    checkpoint_callbacks,
+    last_checkpoint,
+    steps_of,
+    weights_of,
+)
 from .feeding import Feeding, validates
 from .learning import Learning
 from .optimizing import averaging
@@ -133,14 +141,11 @@ def run(
             write_config(place.folder, recipe, place.names)
             write_environment(place.folder, trainer.strategy.root_device, trainer.world_size)
         trainer.fit(learning, datamodule=feeding, ckpt_path=checkpoint, weights_only=True)
-    if checkpoint is not None and steps_of(checkpoint) == trainer.global_step:
-        # it had finished before, and its averaged weights are in the checkpoint alone
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        learning.load_state_dict(saved["state_dict"])
+    weights = _trained(trainer, learning, checkpoint)
     if place is not None and trainer.is_global_zero:
         draw_curves(place.folder)
     result = copy.deepcopy(model).eval()
-    result.load_state_dict(network.state_dict())
+    result.load_state_dict(weights)
     result.run = Run(  # type: ignore[assignment]
         folder=None if place is None else place.folder,
         epochs=trainer.current_epoch,
@@ -151,6 +156,19 @@ def run(
         skipped=tuple(feeding.broken) if isinstance(feeding, Feeding) else (),
     )
     return result
+
+
+def _trained(trainer: Trainer, learning: Learning, checkpoint: Path | None) -> dict[str, Any]:
+    """The weights that a training ended with, by their names in the network."""
+    if checkpoint is not None and steps_of(checkpoint) == trainer.global_step:
+        # it had finished before, and its averaged weights are in the checkpoint alone
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return weights_of(saved["state_dict"])
+    if isinstance(trainer.strategy, FSDPStrategy):
+        assert trainer.strategy.model is not None
+        whole = StateDictOptions(full_state_dict=True)  # each process has a part of every tensor
+        return weights_of(get_model_state_dict(trainer.strategy.model, options=whole))
+    return learning.network.state_dict()
 
 
 def _trainer(
