@@ -84,7 +84,7 @@ def checkpoint_callbacks(
     return callbacks
 
 
-def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a network in the state of its training, by their names in the network."""
     return {
         name.removeprefix(_PREFIX): tensor
