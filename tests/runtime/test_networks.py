@@ -145,6 +145,53 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         Call(lambda x, a: {"y": (y := a(x)), "m": y.mean((2, 3)), "x": x}, a=c(12, 4)),
         True,
     ),
+    "group-norm": (
+        nn.Sequential(c(12, 18, 3), nn.GroupNorm(3, 18), nn.ReLU(), c(18, 5), nn.GroupNorm(1, 5)),
+        True,
+    ),
+    "group-norm-first": (nn.Sequential(nn.GroupNorm(4, 12), nn.PReLU(12), c(12, 7)), True),
+    "group-norm-of-a-page": (
+        nn.Sequential(c(12, 512), nn.GroupNorm(1, 512), c(512, 512), nn.GroupNorm(32, 512)),
+        True,
+    ),
+    "response-norm": (
+        Call(
+            lambda x, a: (
+                (y := a(x)) * (g := y.norm(2, (2, 3), keepdim=True)) / (g.mean(1, True) + 1e-6) + y
+            ),
+            a=c(12, 20),
+        ),
+        True,
+    ),
+    "efficient-channel-attention": (
+        Call(
+            lambda x, a: x * a(x.mean((2, 3))[:, None]).sigmoid().view(-1, 12, 1, 1).expand_as(x),
+            a=nn.Conv1d(1, 1, 3, padding=1),
+        ),
+        True,
+    ),
+    "branches": (
+        Call(
+            lambda x, a: sum(torch.stack([p.pow(2), -p.abs()], 1).sum(1) for p in a(x).unbind(2)),
+            a=c(12, 6),
+        ),
+        True,
+    ),
+    "largest": (nn.Sequential(c(12, 6), nn.AdaptiveMaxPool2d(1), c(6, 4)), True),
+    "pools-1d": (
+        nn.Sequential(
+            nn.Flatten(2),
+            nn.Conv1d(12, 12, 3, padding=1),
+            nn.MaxPool1d(3, 2, 1),
+            nn.AvgPool1d(2),
+            nn.Mish(),
+            nn.Upsample(scale_factor=2),
+            nn.ELU(),
+            nn.Upsample(scale_factor=2, mode="linear"),
+            nn.AdaptiveAvgPool1d(1),
+        ),
+        True,
+    ),
     "transposed": (nn.Sequential(c(12, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU()), False),
     "attention": (
         Call(lambda x, a: F.scaled_dot_product_attention(*[a(x).flatten(2)] * 3), a=c(12, 8)),

@@ -64,6 +64,20 @@ def leaky_relu(x: Expression, slope: float = 0.01) -> Expression:
     return ("add", ("max", x, 0.0), ("mul", ("min", x, 0.0), slope))
 
 
+def elu(x: Expression, alpha: float = 1.0, scale: float = 1.0, below: float = 1.0) -> Expression:
+    """`x` above 0 and `alpha (exp(x) - 1)` below; exp(x) - 1 = 2 t / (1 - t), t = tanh(x / 2)."""
+    t = ("tanh", ("mul", ("min", x, 0.0), below / 2))
+    small = ("div", ("mul", t, 2.0 * alpha), ("sub", 1.0, t))
+    return ("mul", ("add", ("max", x, 0.0), small), scale)
+
+
+def mish(x: Expression) -> Expression:
+    """`x tanh(log(1 + exp(x)))` = `x u / (u + 2 f)`, f = exp(-x), u = 1 / f + 2."""
+    f = ("exp", ("mul", ("min", x, 30.0), -1.0))
+    u = ("add", ("div", 1.0, f), 2.0)
+    return ("mul", x, ("div", u, ("add", u, ("add", f, f))))
+
+
 def gelu(x: Expression, approximate: str = "none") -> Expression:
     """`x P[X < x]` for normal X, exact or by the tanh formula of Hendrycks and Gimpel (2016)."""
     if approximate == "none":
@@ -84,6 +98,13 @@ ACTIVATIONS: dict[str, Callable[..., Expression]] = {
     "silu": lambda x: ("silu", x),
     "tanh": lambda x: ("tanh", x),
     "gelu": gelu,
+    "elu": elu,
+    "mish": mish,
+    "abs": lambda x: ("max", x, ("sub", 0.0, x)),
+    "neg": lambda x: ("mul", x, -1.0),
+    "reciprocal": lambda x: ("div", 1.0, x),
+    "sqrt": lambda x: ("sqrt", x),
+    "rsqrt": lambda x: ("div", 1.0, ("sqrt", x)),
 }
 
 

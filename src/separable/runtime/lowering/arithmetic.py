@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..emit.expression import ACTIVATIONS, Expression, operand
-from ..graph import Node
-from .registry import LOWERINGS, Lowered, elementwise, lowers
+from ..graph import Node, constant
+from .registry import LOWERINGS, Lowered, elementwise, lowers, shape_of
 
 
 def _activation(name: str) -> Callable[..., Lowered]:
@@ -62,3 +62,21 @@ def _clamp_min(x: Node, low: float) -> Lowered:
 @lowers("clamp_max.default")
 def _clamp_max(x: Node, high: float) -> Lowered:
     return _clamp(x, None, high)
+
+
+@lowers("pow.Tensor_Scalar")
+def _power(x: Node, exponent: float) -> Lowered:
+    square = ("mul", operand(0), operand(0))
+    powers = {1: operand(0), 2: square, 3: ("mul", square, operand(0))}
+    return elementwise(powers[exponent], x) if exponent in powers else None
+
+
+@lowers("prelu.default")
+def _prelu(x: Node, slope: Node) -> Lowered:
+    if slope.kind != "constant":
+        return None
+    shape = (-1, *[1] * (len(shape_of(x)) - 2))
+    recipe = slope.attributes["recipe"]
+    slopes = constant(lambda: recipe().reshape(shape), (shape_of(slope)[0], *shape[1:]))
+    below = ("mul", ("min", operand(0), 0.0), operand(1))
+    return elementwise(("add", ("max", operand(0), 0.0), below), x, slopes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,6 +184,42 @@ def _native_layer_norm(
 ) -> Lowered:
     node = _layer_norm(x, shape, weight, bias, eps)
     return (node,) if isinstance(node, Node) else None
+
+
+@lowers("group_norm.default")
+def _group_norm(
+    x: Node,
+    groups: int,
+    weight: Node | None = None,
+    bias: Node | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = False,
+) -> Lowered:
+    if any(p and p.kind != "constant" for p in (weight, bias)):
+        return None
+    n, c, *size = shape_of(x)
+    pixels, each = math.prod(size), c // groups
+    # Channels last, the channels of a group together: of one group, that is how images lie.
+    node = view(view(x, "reshape", (n, c, pixels)), "permute", (n, pixels, c), order=(0, 2, 1))
+    node = view(node, "reshape", (n, pixels, groups, each))
+    node = view(node, "permute", (n, groups, pixels, each), order=(0, 2, 1, 3))
+    node = view(node, "reshape", (n, groups, pixels * each))
+    node = Node("norm", shape_of(node), [node], {"eps": eps})
+    node = view(node, "reshape", (n, groups, pixels, each))
+    node = view(node, "permute", (n, pixels, groups, each), order=(0, 2, 1, 3))
+    node = view(node, "reshape", (n, pixels, c))
+    node = view(view(node, "permute", (n, c, pixels), order=(0, 2, 1)), "reshape", (n, c, *size))
+    for kind, parameter in (("mul", weight), ("add", bias)):
+        if parameter:
+            whole = constant(partial(_along_channels, parameter, len(size)), (c, *[1] * len(size)))
+            node = elementwise((kind, operand(0), operand(1)), node, whole)
+    return node
+
+
+def _along_channels(parameter: Node, axes: int) -> torch.Tensor:
+    """One number per channel, in front of so many other axes."""
+    value: torch.Tensor = parameter.attributes["recipe"]()
+    return value.reshape(-1, *[1] * axes)
 
 
 @lowers("softmax.int", "_softmax.default")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..emit.expression import operand
 from ..graph import Node
-from .registry import Lowered, lowers, pair, shape_of, view
+from .registry import Lowered, elementwise, lowers, pair, shape_of, view
 
 
 @lowers("max_pool2d.default")
@@ -76,6 +77,57 @@ def _adaptive_avg_pool(x: Node, size: Any) -> Lowered:
     return _pool("mean", x, kernel, kernel, 0, 1, False)
 
 
+@lowers("adaptive_max_pool2d.default")
+def _adaptive_max_pool(x: Node, size: Any) -> Lowered:
+    *_, h, w = shape_of(x)
+    if pair(size) != (1, 1) or len(shape_of(x)) != 4:
+        return None
+    node = _pool("max", x, (h, w), (h, w), 0, 1, False)
+    return (node,) if isinstance(node, Node) else None
+
+
+def _on_a_row(pool: Callable[..., Lowered], x: Node, *arguments: Any) -> Lowered:
+    """A pool of sequences `[N, C, L]` as one of images of height 1."""
+    if len(shape_of(x)) != 3:
+        return None
+    n, c, length = shape_of(x)
+    node = pool(view(x, "reshape", (n, c, 1, length)), *arguments)
+    return view(node, "reshape", (n, c, shape_of(node)[3])) if isinstance(node, Node) else None
+
+
+@lowers("max_pool1d.default")
+def _max_pool_1d(
+    x: Node,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Lowered:
+    (k, _), (p, _), (d, _) = pair(kernel), pair(padding), pair(dilation)
+    s, _ = pair(stride, (k,))
+    return _on_a_row(_max_pool, x, (1, k), (1, s), (0, p), (1, d), ceil_mode)
+
+
+@lowers("avg_pool1d.default")
+def _avg_pool_1d(
+    x: Node,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Lowered:
+    (k, _), (p, _) = pair(kernel), pair(padding)
+    s, _ = pair(stride, (k,))
+    return _on_a_row(_avg_pool, x, (1, k), (1, s), (0, p), ceil_mode, count_include_pad)
+
+
+@lowers("adaptive_avg_pool1d.default")
+def _adaptive_avg_pool_1d(x: Node, size: Any) -> Lowered:
+    return _on_a_row(_adaptive_avg_pool, x, (1, pair(size)[0]))
+
+
 @lowers("mean.dim")
 def _mean(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Lowered:
     rank = len(shape_of(x))
@@ -84,6 +136,34 @@ def _mean(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any
     node = Node("mean", kept, [x], {"axes": axes})
     shape = [size for i, size in enumerate(kept) if i not in axes]
     return node if keepdim else view(node, "reshape", shape)
+
+
+@lowers("sum.dim_IntList")
+def _sum(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Lowered:
+    mean = _mean(x, dims, keepdim)
+    assert isinstance(mean, Node)
+    count = math.prod(shape_of(x)) // math.prod(shape_of(mean))
+    return elementwise(("mul", operand(0), float(count)), mean)
+
+
+@lowers("linalg_vector_norm.default")
+def _norm(
+    x: Node, order: float = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Lowered:
+    if order != 2:
+        return None
+    axes = [dims] if isinstance(dims, int) else dims
+    total = _sum(elementwise(("mul", operand(0), operand(0)), x), axes, keepdim)
+    assert isinstance(total, Node)
+    return elementwise(("sqrt", operand(0)), total)
+
+
+@lowers("upsample_linear1d.vec", "upsample_nearest1d.vec")
+def _upsample_1d(x: Node, size: Any, *rest: Any) -> Lowered:
+    *align, factors = rest
+    wide = [1, *size] if size else None
+    scales = (1.0, *factors) if factors else None
+    return _on_a_row(_upsample, x, wide, *align, scales)
 
 
 @lowers("upsample_bilinear2d.vec", "upsample_nearest2d.vec")

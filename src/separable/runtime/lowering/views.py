@@ -30,7 +30,7 @@ def _permute(x: Node, dims: Sequence[int]) -> Lowered:
     return view(x, "permute", [shape_of(x)[d] for d in order], order=order)
 
 
-@lowers("transpose.int")
+@lowers("transpose.int", "swapaxes.default")
 def _transpose(x: Node, first: int, second: int) -> Lowered:
     order = list(range(len(shape_of(x))))
     order[first], order[second] = order[second], order[first]
@@ -47,6 +47,11 @@ def _reshape(x: Node, shape: Sequence[int]) -> Lowered:
     count = math.prod(shape_of(x))
     known = math.prod(size for size in shape if size != -1)
     return view(x, "reshape", [count // known if size == -1 else size for size in shape])
+
+
+@lowers("view_as.default", "reshape_as.default")
+def _reshape_as(x: Node, other: Node) -> Lowered:
+    return _reshape(x, shape_of(other))
 
 
 @lowers("flatten.using_ints")
@@ -130,6 +135,24 @@ def _expand(x: Node, shape: Sequence[int]) -> Lowered:
     old = (1,) * (len(shape) - len(shape_of(x))) + shape_of(x)
     new = [o if s == -1 else s for o, s in zip(old, shape, strict=True)]
     return view(x, "expand", new)
+
+
+@lowers("expand_as.default")
+def _expand_as(x: Node, other: Node) -> Lowered:
+    return _expand(x, shape_of(other))
+
+
+@lowers("unbind.int")
+def _unbind(x: Node, dim: int = 0) -> Lowered:
+    parts = [_select(x, dim, index) for index in range(shape_of(x)[dim])]
+    return tuple(part for part in parts if isinstance(part, Node))
+
+
+@lowers("stack.default")
+def _stack(parts: Sequence[Node], dim: int = 0) -> Lowered:
+    dim %= len(shape_of(parts[0])) + 1
+    wide = [_unsqueeze(part, dim) for part in parts]
+    return _cat([part for part in wide if isinstance(part, Node)], dim)
 
 
 @lowers("cat.default")
