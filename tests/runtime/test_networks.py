@@ -177,6 +177,13 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "detached": (
+        Call(
+            lambda x, a: torch.addcmul(x.square(), (y := a(x)).detach_(), y + 1, value=2),
+            a=c(12, 12),
+        ),
+        True,
+    ),
     "largest": (nn.Sequential(c(12, 6), nn.AdaptiveMaxPool2d(1), c(6, 4)), True),
     "pools-1d": (
         nn.Sequential(
@@ -350,6 +357,8 @@ def test_compile_rejects() -> None:
         separable.compile(small(), x, isa="mmx")
     with pytest.raises(ValueError, match="into its input"):
         separable.compile(Call(lambda x: x.relu_()).eval(), x)
+    with pytest.raises(ValueError, match="can't be traced"):
+        separable.compile(Call(lambda x: x if x.sum() > 0 else -x).eval(), x)
 
 
 def test_any_batch_from_one_compile() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,8 +45,8 @@ def compile(
         The compiled model. Operators without a kernel still run in torch; `explain()` names them.
 
     Raises:
-        ValueError: if the model is in training mode, writes into its inputs, or mixes the samples
-            of a batch though `dynamic_batch` is asked for.
+        ValueError: if the model is in training mode, can't be traced, writes into its inputs, or
+            mixes the samples of a batch though `dynamic_batch` is asked for.
     """
     if any(module.training for module in model.modules()):
         raise ValueError(
@@ -63,7 +64,7 @@ def compile(
     weights = Weights()
     with torch.no_grad():
         with progress("tracing the network"):
-            exported = torch.export.export(model, args)
+            exported = _traced(model, args)
         constants = functools.partial(exported_weights, model=model, weights=weights)
         program = build(exported, machine, count, constants, weights, fuse)
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
@@ -73,6 +74,17 @@ def compile(
     if dynamic_batch:
         _check_samples_apart(model, compiled, args)
     return compiled
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(model, args)
+    except Exception as error:  # torch names no common class of what tracing and the model raise
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}".splitlines()[0], 240)
+        raise ValueError(
+            f"`model` can't be traced as one graph for `example_inputs`: {reason}; "
+            'torch.compile(model, backend="separable") compiles the parts that can'
+        ) from error
 
 
 def build(

@@ -182,7 +182,8 @@ def _root(node: Node) -> Node:
 
 def _writes(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    # detach_ is called mutable, for what it does to the graph of gradients
+    return schema is not None and schema.is_mutable and not schema.name.endswith("::detach_")
 
 
 def _is_float(meta: Any) -> bool:

@@ -71,6 +71,17 @@ def _power(x: Node, exponent: float) -> Lowered:
     return elementwise(powers[exponent], x) if exponent in powers else None
 
 
+@lowers("square.default")
+def _square(x: Node) -> Lowered:
+    return _power(x, 2)
+
+
+@lowers("addcmul.default")
+def _add_product(x: Node, y: Node, z: Node, value: float = 1) -> Lowered:
+    product = LOWERINGS["aten.mul.Tensor"](y, z)
+    return LOWERINGS["aten.add.Tensor"](x, product, alpha=value)
+
+
 @lowers("prelu.default")
 def _prelu(x: Node, slope: Node) -> Lowered:
     if slope.kind != "constant":

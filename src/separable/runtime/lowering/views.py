@@ -17,6 +17,7 @@ from .registry import Lowered, lowers, shape_of, view
     "clone.default",
     "alias.default",
     "detach.default",
+    "detach_.default",
     "identity.default",
     "lift_fresh_copy.default",
 )
