@@ -105,6 +105,10 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
         return nn.Sequential(conv, activation, nn.Conv2d(many, out, 1)), out
     if kind == "grouped" and channels % 2 == 0:
         return nn.Sequential(nn.Conv2d(channels, 2 * out, kernel, groups=2, **spatial)), 2 * out
+    if kind == "grouped":
+        many = channels * draws.choice([2, 4])
+        conv = nn.Conv2d(many, many, kernel, groups=channels, **spatial)
+        return nn.Sequential(nn.Conv2d(channels, many, 1), activation, conv), many
     if kind == "pool":
         pool = draws.choice([nn.MaxPool2d, nn.AvgPool2d])
         return pool(3, draws.choice([1, 2]), 1), channels

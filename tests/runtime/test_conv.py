@@ -59,6 +59,19 @@ CASES = {
     "no-padding": Case(channels=(5, 12), size=(8, 9), kernel=(3, 2)),
     "stride-over-kernel": Case(channels=(5, 9), size=(11, 13), kernel=(2, 2), stride=(3, 4)),
     "grouped": Case(2, (4, 6), (6, 5), (3, 3), padding=(1, 1), groups=5),
+    "groups-of-2": Case(2, (2, 2), (9, 21), (3, 3), padding=(1, 1), groups=19, residual=True),
+    "groups-of-4": Case(
+        channels=(4, 4), size=(8, 9), kernel=(5, 3), stride=(2, 1), padding=(2, 0), groups=9
+    ),
+    "groups-of-8": Case(
+        channels=(8, 8), size=(13, 9), kernel=(3, 3), padding=(2, 2), dilation=(2, 2), groups=5,
+        threads=4,
+    ),
+    "groups-of-1-pointwise": Case(2, (1, 1), (3, 7), groups=70),
+    "groups-of-4-pointwise": Case(2, (4, 4), (3, 7), groups=60, threads=2),
+    "groups-image-first": Case(
+        channels=(4, 4), size=(6, 5), kernel=(3, 3), padding=(1, 1), groups=3, image_first=True
+    ),
     "row": Case(channels=(12, 9), size=(1, 30), kernel=(1, 5), padding=(0, 2)),
     "long-sum": Case(channels=(4096, 64), size=(14, 14)),
     "long-sum-3x3": Case(channels=(150, 20), size=(5, 7), kernel=(3, 3), padding=(1, 1)),
@@ -93,12 +106,14 @@ def check(case: Case, machine: Machine, special: bool = False) -> None:
     channels = groups * outputs
     walk = (size[0] * size[1] * channels, size[1] * channels, channels)
     epilogue = ACTIVATIONS[case.epilogue](operand(0))
+    small = kernel_file.is_small(case.channels, groups, machine) and not case.image_first
     does = Conv(
         batch=case.batch,
         size=(size[0], size[1]),
         in_size=case.size,
-        channels=case.channels,
-        groups=groups,
+        channels=(inputs, channels) if small else case.channels,
+        groups=1 if small else groups,
+        small=small,
         kernel=case.kernel,
         stride=case.stride,
         padding=case.padding,
@@ -150,16 +165,18 @@ def test_drawn_shapes(data: st.DataObject) -> None:
         max(1, (k - 1) * d + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)
     ]
     size = tuple(low + data.draw(st.integers(0, 9)) for low in least)
+    many = st.tuples(st.integers(1, 70), st.integers(1, 70))
+    few = st.sampled_from([(1, 1), (2, 2), (4, 4), (8, 8)])
     check(
         Case(
             batch=data.draw(st.integers(1, 3)),
-            channels=data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70))),
+            channels=data.draw(st.one_of(many, few)),
             size=(size[0], size[1]),
             kernel=kernel,
             stride=stride,
             padding=padding,
             dilation=dilation,
-            groups=data.draw(st.integers(1, 3)),
+            groups=data.draw(st.integers(1, 9)),
             residual=data.draw(st.booleans()),
             threads=data.draw(st.sampled_from([1, 3])),
         ),

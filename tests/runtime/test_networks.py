@@ -59,6 +59,12 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         True,
     ),
     "separable-module": (separable.nn.SeparableConv2d(12, 9, 3, padding="same"), True),
+    "small-groups": (
+        nn.Sequential(
+            c(12, 24), nn.ReLU(), c(24, 24, 3, groups=6), nn.BatchNorm2d(24), nn.SiLU(), c(24, 8)
+        ),
+        True,
+    ),
     "bn-first": (nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), c(12, 8)), True),
     "residual": (Call(lambda x, conv: F.relu(conv(x) + x), conv=c(12, 12, 3)), True),
     "two-convs-added": (

@@ -45,7 +45,7 @@ from .steps import Schedule, Step
 from .validation import footprints, parsed
 
 _MAGIC = b"separable-runtime"
-_FORMAT = 3
+_FORMAT = 4
 _DIGEST = hashlib.sha256
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (Conv, Window, Relayout, Map, Mean, Rows, Resample)

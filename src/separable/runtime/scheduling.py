@@ -136,7 +136,7 @@ class _Scheduler:
         groups = attributes["groups"]
         weight, bias = node.inputs[1:3]
         out, inner, *_ = weight.shape or ()
-        axis = node.channel_axis
+        axis, small = node.channel_axis, False
         extras = self.extras(node, axis)
         if attributes.get("linear"):
             y = self.memory.allocate(node, range(len(node.shape)))
@@ -144,12 +144,15 @@ class _Scheduler:
             sizes = [node.shape[i] for i in leading]
             walks = [[p.strides[i] for i in leading] for p in (x, y, *extras)]
         else:
-            if x.strides[1] != 1 and inner > 16:
+            small = conv_kernel.is_small((inner, out // groups), groups, self.machine)
+            if x.strides[1] != 1 and (inner > 16 or small):
                 x = self.lanes(x, 1)
             y = self.memory.allocate(node, CHANNELS_LAST)
             sizes = [node.shape[i] for i in (0, 2, 3)]
             walks = [[p.strides[i] for i in (0, 2, 3)] for p in (x, y, *extras)]
         common: dict[str, Any] = {"channels": (inner, out // groups), "groups": groups}
+        if small:
+            common = {"channels": (inner, out), "small": True}
         if attributes.get("linear") or (
             attributes["kernel"] == (1, 1) and attributes["padding"] == (0, 0)
         ):
@@ -179,7 +182,7 @@ class _Scheduler:
         )
         w, b = weight.attributes["recipe"], bias.attributes["recipe"]
         machine, tile = self.machine, choose_conv_tile(does, self.machine, self.threads)
-        padded = -(-does.channels[1] // machine.width) * machine.width * groups
+        padded = -(-does.channels[1] // machine.width) * machine.width * does.groups
 
         def recipe() -> torch.Tensor:
             return torch.cat(conv_kernel.pack(does, tile, machine, w(), b()))

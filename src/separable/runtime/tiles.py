@@ -36,9 +36,9 @@ def choose_conv_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 
     total = -(-conv.channels[1] // machine.width)
     candidates = [
         (pixels, vectors)
-        for vectors in ([vectors] if vectors else range(1, 9))
+        for vectors in ([vectors] if vectors else range(1, 2 if conv.small else 9))
         for pixels in range(1, 17)
-        if _fits(pixels, vectors, machine) and vectors <= total and pixels <= conv.size[1]
+        if _fits(conv, pixels, vectors, machine) and vectors <= total and pixels <= conv.size[1]
     ]
 
     rows = conv.batch * conv.size[0]
@@ -56,7 +56,7 @@ def choose_conv_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 
     blocks = len(even_sizes(conv.size[1], pixels))
     panels = len(even_sizes(total, vectors))
 
-    inputs = conv.channels[0]
+    inputs = conv.inputs  # all groups pass over the same rows in turn
     budget = machine.l2 // 4
     row_bytes = 4 * inputs * conv.size[1] * conv.stride[0] * conv.stride[1]
     if rows > 1:
@@ -69,7 +69,7 @@ def choose_conv_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 
     if threads > 1:
         wanted = _TASKS_PER_THREAD * threads
         weights = 4 * conv.depth * conv.channels[1]
-        read = 4 * inputs * rows * conv.size[1]
+        read = 4 * inputs // conv.groups * rows * conv.size[1]
         # Heavy weights are shared out by channels, so that each thread reads its own. Otherwise
         # each thread keeps to its rows, which the next step finds in its cache.
         if weights > _HEAVY * (read + written) or weights > max(read, machine.l2 // 2):
@@ -100,13 +100,14 @@ def choose_window_tile(window: Window, machine: Machine, threads: int) -> Window
     return WindowTile(max(1, rows // wanted), vectors)
 
 
-def _fits(pixels: int, vectors: int, machine: Machine) -> bool:
-    """Accumulators, one vector of weights each, the broadcast input, and a product without FMA."""
-    if pixels == 1:
+def _fits(conv: Conv, pixels: int, vectors: int, machine: Machine) -> bool:
+    """Accumulators, a channel's weights, the broadcast input, and a product without FMA."""
+    if pixels == 1 and not conv.small:
         return vectors + 2 <= machine.registers
+    weights = conv.channels[0] + 1 if conv.small else vectors
     # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast.
     spare = 2 * (machine.registers == 32)
-    taken = pixels * vectors + vectors + 1 + (not machine.fma) + spare
+    taken = pixels * vectors + weights + 1 + (not machine.fma) + spare
     return taken <= machine.registers
 
 
@@ -114,6 +115,7 @@ def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -
     """Estimated cycles of blocks of these sizes, in pixels, over all output channels."""
     total = -(-conv.channels[1] // machine.width)
     arithmetic = 0.5 if machine.fma else 1.0
+    arithmetic *= 1 + conv.small  # each product takes a lane of its own from the input
     cycles = 0.0
     for m, count in _counts(sizes):
         for n, panels in _counts(even_sizes(total, vectors)):

@@ -189,10 +189,15 @@ def _conv(does: Conv, kernel: Kernel) -> tuple[list[int], int]:
         and tile.pixels * tile.vectors <= kernel.machine.registers
         and tile.rows <= does.batch * does.size[0]
         and tile.blocks <= does.size[1]
-        and tile.panels <= _padded(outputs, kernel.machine)
+        and tile.panels <= _padded(outputs, kernel.machine),
+        small=not does.small
+        or (
+            does.groups == tile.vectors == does.x_strides[3] == 1
+            and kernel.machine.width % inputs == outputs % inputs == 0
+        ),
     )
     out = (does.batch, *does.size, does.groups * outputs)
-    x = _reach((does.batch, *does.in_size, does.groups * inputs), does.x_strides)
+    x = _reach((does.batch, *does.in_size, does.inputs), does.x_strides)
     padded = does.groups * _padded(outputs, kernel.machine)
     extras = [_reach(out, strides) for strides in does.extra_strides]
     y = _written(out, (*does.y_strides, 1))

@@ -235,8 +235,7 @@ class Builder:
         piece = self.width // 2
         while done < count:
             if count - done >= piece:
-                lanes = ir.Constant(ir.VectorType(I32, piece), list(range(done, done + piece)))
-                part = self.ir.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), lanes)
+                part = self.pick(value, range(done, done + piece))
                 self.ir.store(part, self.at(pointer, done), align=4)
                 done += piece
             piece //= 2
@@ -258,8 +257,14 @@ class Builder:
         """One float in every lane."""
         undefined = ir.Constant(self.vector, ir.Undefined)
         single = self.ir.insert_element(undefined, scalar, I32(0))
-        lanes = ir.Constant(ir.VectorType(I32, self.width), [0] * self.width)
-        return self.ir.shuffle_vector(single, undefined, lanes)
+        return self.pick(single, [0] * self.width)
+
+    def pick(self, value: Value, lanes: Sequence[int]) -> Value:
+        """A vector of these lanes of another."""
+        undefined = ir.Constant(value.type, ir.Undefined)
+        return self.ir.shuffle_vector(
+            value, undefined, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        )
 
     # -- arithmetic ---------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def joined(stages: Sequence[Stage]) -> Chain:
 
 def inputs(stage: Stage) -> int:
     """Input channels."""
-    return stage.groups * stage.channels[0] if isinstance(stage, Conv) else stage.channels
+    return stage.inputs if isinstance(stage, Conv) else stage.channels
 
 
 def outputs(stage: Stage) -> int:

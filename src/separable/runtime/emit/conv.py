@@ -36,7 +36,9 @@ class Conv:
         size: output (height, width).
         in_size: input (height, width).
         channels: (input, output) channels per group.
-        groups: of the channels.
+        groups: of the channels. Small ones whose outputs share vectors are one group of all
+            outputs; `channels[0]` stays that of a small one.
+        small: whether it is such a convolution; it has as many outputs as inputs.
         kernel: (height, width) of the filter.
         stride: of the filter.
         padding: zeros before the first row and column.
@@ -54,6 +56,7 @@ class Conv:
     x_strides: tuple[int, ...]
     y_strides: tuple[int, ...]
     groups: int = 1
+    small: bool = False
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -66,6 +69,11 @@ class Conv:
         """Multiply-accumulates, padding included."""
         pixels = self.batch * self.size[0] * self.size[1]
         return pixels * self.groups * self.depth * self.channels[1]
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of all groups."""
+        return self.channels[1] if self.small else self.groups * self.channels[0]
 
     @property
     def depth(self) -> int:
@@ -90,6 +98,12 @@ class ConvTile:
     rows: int
     blocks: int
     panels: int
+
+
+def is_small(channels: tuple[int, int], groups: int, machine: Machine) -> bool:
+    """Whether several groups of `(input, output)` channels fill a vector, and are best taken so."""
+    inputs, outputs = channels
+    return groups > 1 and inputs == outputs < machine.width and machine.width % inputs == 0
 
 
 def task_grid(conv: Conv, tile: ConvTile) -> tuple[int, int, int, int]:
@@ -193,7 +207,7 @@ class _Emitter:
         # Taps of a row that lie behind one another in memory are one longer row of channels.
         self.joined = (
             conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and conv.dilation[1] == 1
-        )
+        ) and not conv.small
         self.panels = vector_panels(outputs, b.width, tile.vectors)
         self.blocks = sum(run.count for run in self.runs)
         self.turns = tile.rows * min(tile.blocks, self.blocks)
@@ -334,6 +348,8 @@ class _Emitter:
         top = b.add(b.mul(row, conv.stride[0]), -conv.padding[0])
         corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
         lanes = panel.vectors * b.width
+        if conv.small:
+            x = b.at(x, panel.channel)
 
         def products(x: Value, weights: Value, depth: int, pixels: tuple[int, int]) -> Products:
             return Products(
@@ -343,6 +359,7 @@ class _Emitter:
                 pixels=pixels,
                 vectors=panel.vectors,
                 x_strides=(conv.stride[1] * conv.x_strides[2], conv.x_strides[3]),
+                lanes=panel.tail if conv.small else 0,
             )
 
         # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
@@ -417,5 +434,6 @@ def reference(
         `[N, groups × out, *size]`.
     """
     x = F.pad(x, surroundings(conv))
-    out = F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+    groups = conv.inputs // conv.channels[0]
+    out = F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, groups)
     return expression.evaluate(conv.epilogue, [out, *extras])

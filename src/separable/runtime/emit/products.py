@@ -29,6 +29,8 @@ class Products:
         pixels: the pixels `low <= i < high` of the block, which the sum is for.
         vectors: of weights per channel.
         x_strides: floats between (pixels, channels).
+        lanes: if not 0, so many lanes of the one vector hold outputs of groups of `depth` channels
+            each, and `x` is the input channel of the first lane.
     """
 
     x: Value
@@ -37,6 +39,7 @@ class Products:
     pixels: tuple[int, int]
     vectors: int
     x_strides: tuple[int, int]
+    lanes: int = 0
 
 
 def add(
@@ -62,6 +65,8 @@ def add(
     low, high = products.pixels
     if low == high:
         return sums
+    if products.lanes:
+        return _add_groups(b, products, sums)
     depth, vectors = products.depth, products.vectors
     pixel, step = products.x_strides
     lanes = vectors * b.width
@@ -122,3 +127,16 @@ def add(
     length = depth // parts // unroll * unroll
     sums = b.loop(0, parts, part, sums)
     return chain(parts * length, depth - parts * length, sums)
+
+
+def _add_groups(b: Builder, products: Products, sums: list[Value]) -> list[Value]:
+    """The same where several groups fill a vector: each lane multiplies channels of its own."""
+    depth, width = products.depth, b.width
+    columns = [b.load(b.at(products.weights, k * width)) for k in range(depth)]
+    result = list(sums)
+    for i in range(*products.pixels):
+        x = b.load(b.at(products.x, i * products.x_strides[0]), products.lanes)
+        for k, column in enumerate(columns):
+            value = b.pick(x, [lane // depth * depth + k for lane in range(width)])
+            result[i] = b.fma(value, column, result[i])
+    return result

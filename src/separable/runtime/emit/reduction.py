@@ -209,11 +209,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
             total = combine(total, b.ir.select(used, last, b.constant(start)))
         distance = b.width // 2
         while distance:
-            lanes = [lane ^ distance for lane in range(b.width)]
-            turned = b.ir.shuffle_vector(
-                total, total, ir.Constant(ir.VectorType(I32, b.width), lanes)
-            )
-            total = combine(total, turned)
+            total = combine(total, b.pick(total, [lane ^ distance for lane in range(b.width)]))
             distance //= 2
         return total
 
