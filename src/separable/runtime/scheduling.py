@@ -182,7 +182,8 @@ class _Scheduler:
         )
         w, b = weight.attributes["recipe"], bias.attributes["recipe"]
         machine, tile = self.machine, choose_conv_tile(does, self.machine, self.threads)
-        padded = -(-does.channels[1] // machine.width) * machine.width * does.groups
+        panels = conv_kernel.panels_of(does, tile, machine)
+        padded = panels.groups * panels.padded
 
         def recipe() -> torch.Tensor:
             return torch.cat(conv_kernel.pack(does, tile, machine, w(), b()))

@@ -23,8 +23,9 @@ from . import expression
 from .builder import Builder, Index, Value
 from .elementwise import load_strided
 from .expression import Expression
+from .panels import Panel, Panels
 from .products import Products, add
-from .tiling import Run, even_sizes, surroundings, taps_inside, vector_panels, window_runs
+from .tiling import Run, even_sizes, surroundings, taps_inside, window_runs
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,12 @@ def task_grid(conv: Conv, tile: ConvTile) -> tuple[int, int, int, int]:
     )
 
 
+def panels_of(conv: Conv, tile: ConvTile, machine: Machine) -> Panels:
+    """How the output channels of a convolution are cut."""
+    outputs = conv.channels[1]
+    return Panels(conv.groups, outputs, conv.depth, tile.vectors, tile.panels, machine.width)
+
+
 def pack(
     conv: Conv, tile: ConvTile, machine: Machine, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,21 +138,11 @@ def pack(
 
     Returns:
         Weights `[groups][panel][kh][kw][in][vectors × width]` and bias `[groups][vectors × width]`,
-        output channels filled up with zeros to whole vectors, both flat.
+        both flat.
     """
     inputs, outputs = conv.channels
-    padded = -(-outputs // machine.width) * machine.width
     w = weight.detach().reshape(conv.groups, outputs, inputs, *conv.kernel).permute(0, 3, 4, 2, 1)
-    w = F.pad(w.reshape(conv.groups, conv.depth, outputs), (0, padded - outputs))
-    panels = []
-    for first, count, vectors, _ in vector_panels(outputs, machine.width, tile.vectors):
-        lanes = vectors * machine.width
-        start = first * machine.width
-        part = w[:, :, start : start + count * lanes].reshape(conv.groups, conv.depth, count, lanes)
-        panels.append(part.transpose(1, 2).reshape(conv.groups, -1))
-    b = weight.new_zeros(conv.groups * outputs) if bias is None else bias.detach()
-    b = F.pad(b.reshape(conv.groups, outputs), (0, padded - outputs))
-    return torch.cat(panels, 1).flatten(), b.flatten()
+    return panels_of(conv, tile, machine).pack(w.reshape(conv.groups, conv.depth, outputs), bias)
 
 
 def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
@@ -178,37 +175,19 @@ def define(
         b.loop(b.begin, b.end, emitter.task)
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Output channels that are computed together.
-
-    Attributes:
-        weights: where theirs start.
-        bias: where theirs starts.
-        channel: the first of them.
-        vectors: how many vectors they fill.
-        tail: channels in the last vector.
-    """
-
-    weights: Value
-    bias: Value
-    channel: Index
-    vectors: int
-    tail: int
-
-
 class _Emitter:
     def __init__(self, conv: Conv, tile: ConvTile, b: Builder) -> None:
         self.conv, self.tile, self.b = conv, tile, b
         self.x, self.w, self.bias, *self.extras, self.y = b.pointers
-        inputs, outputs = conv.channels
-        self.padded = -(-outputs // b.width) * b.width
         self.runs = window_runs(conv, tile.pixels)
         # Taps of a row that lie behind one another in memory are one longer row of channels.
         self.joined = (
-            conv.x_strides[3] == 1 and conv.x_strides[2] == inputs and conv.dilation[1] == 1
-        ) and not conv.small
-        self.panels = vector_panels(outputs, b.width, tile.vectors)
+            conv.x_strides[3] == 1
+            and conv.x_strides[2] == conv.channels[0]
+            and conv.dilation[1] == 1
+            and not conv.small
+        )
+        self.panels = panels_of(conv, tile, b.machine)
         self.blocks = sum(run.count for run in self.runs)
         self.turns = tile.rows * min(tile.blocks, self.blocks)
 
@@ -221,7 +200,7 @@ class _Emitter:
         last_block = b.add(first_block, tile.blocks)
         x = b.at(self.x, b.mul(group, conv.channels[0] * conv.x_strides[3]))
 
-        def panel(panel: _Panel) -> None:
+        def panel(panel: Panel) -> None:
             def row(r: Index) -> None:
                 turn = b.mul(b.add(r, b.mul(first_row, -1)), self.blocks)
                 turn = b.add(turn, b.mul(first_block, -1))
@@ -235,7 +214,7 @@ class _Emitter:
     def rows(self) -> None:
         self.turns = 0  # these weights are read again and again, and are in the cache
 
-        def panel(panel: _Panel) -> None:
+        def panel(panel: Panel) -> None:
             def row(r: Index) -> None:
                 for run in self.runs:
                     self.row_of_blocks(run, r, 0, self.blocks, self.x, panel, 0)
@@ -250,7 +229,7 @@ class _Emitter:
         blocks = b.divmod(b.add(b.add(b.end, size - 1), b.mul(b.begin, -1)), size)[0]
         self.turns = 0  # these weights are read again and again, and are in the cache
 
-        def panel(panel: _Panel) -> None:
+        def panel(panel: Panel) -> None:
             def block(number: Index) -> None:
                 column = b.add(b.begin, b.mul(number, size))
                 position = (0, 0, b.minimum(column, b.add(b.end, -size)))
@@ -261,47 +240,8 @@ class _Emitter:
 
         self.each_panel(0, 0, panel)
 
-    def each_panel(self, group: Index, share: Index, body: Callable[[_Panel], None]) -> None:
-        """Emit `body` for all panels of a group that belong to one share."""
-        b, conv = self.b, self.conv
-        w = b.at(self.w, b.mul(group, self.padded * conv.depth))
-        out_channel = b.mul(group, conv.channels[1])
-
-        def panel_run(first: int, count: int, vectors: int, tail: int) -> None:
-            low, high = self._share(share, first, count, vectors)
-
-            def one(p: Index) -> None:
-                vector = b.add(first, b.mul(p, vectors))
-                lane = b.mul(vector, b.width)
-                body(
-                    _Panel(
-                        weights=b.at(w, b.mul(lane, conv.depth)),
-                        bias=b.at(self.bias, b.add(b.mul(group, self.padded), lane)),
-                        channel=b.add(out_channel, lane),
-                        vectors=vectors,
-                        tail=tail,
-                    )
-                )
-
-            b.loop(low, high, one)
-
-        for run in self.panels:
-            panel_run(*run)
-
-    def _share(self, share: Index, first: int, count: int, vectors: int) -> tuple[Index, Index]:
-        """The panels of a run that belong to one share: those whose first vector does."""
-        if self.tile.panels == 1:
-            return 0, count
-        b = self.b
-        total = self.padded // b.width
-
-        def bound(s: Index) -> Index:
-            # ceil((s × total / panels - first) / vectors), clipped to the run
-            vector = b.divmod(b.add(b.mul(s, total), self.tile.panels - 1), self.tile.panels)[0]
-            ahead = b.maximum(b.add(vector, vectors - 1 - first), 0)
-            return b.minimum(b.divmod(ahead, vectors)[0], count)
-
-        return bound(share), bound(b.add(share, 1))
+    def each_panel(self, group: Index, share: Index, body: Callable[[Panel], None]) -> None:
+        self.panels.each(self.b, self.w, self.bias, group, share, body)
 
     def row_of_blocks(
         self,
@@ -310,7 +250,7 @@ class _Emitter:
         first_block: Index,
         last_block: Index,
         x: Value,
-        panel: _Panel,
+        panel: Panel,
         turn: Index,
     ) -> None:
         b, conv = self.b, self.conv
@@ -339,7 +279,7 @@ class _Emitter:
         run: Run,
         position: Sequence[Index],
         x: Value,
-        panel: _Panel,
+        panel: Panel,
         turn: Index,
     ) -> list[Value]:
         b, conv = self.b, self.conv
@@ -390,7 +330,7 @@ class _Emitter:
         return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]
 
     def epilogue(
-        self, run: Run, position: Sequence[Index], sums: list[Value], panel: _Panel
+        self, run: Run, position: Sequence[Index], sums: list[Value], panel: Panel
     ) -> None:
         b, conv = self.b, self.conv
         channel, vectors, tail = panel.channel, panel.vectors, panel.tail
