@@ -47,6 +47,27 @@ def in_place(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
     return y * 3 + F.hardswish(z.view(2, 12, 10, 7))
 
 
+class Doubling(nn.Module):
+    """Its weight is computed from itself, 40 times in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 12, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        for _ in range(40):
+            weight = (weight + weight) / 2
+        return F.conv2d(x, weight)
+
+
+def masked(x: torch.Tensor) -> torch.Tensor:
+    mask = x.new_zeros((10, 7))
+    mask[2:5] = 1.0
+    mask[:, 3].fill_(-2.0)
+    return x * mask
+
+
 def c(i: int, o: int, k: int = 1, **named: int) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, padding=k // 2 * named.get("dilation", 1), **named)
 
@@ -190,6 +211,17 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "made-tensors": (
+        Call(
+            lambda x, a: (
+                a(x) * torch.arange(7.0) + x.new_full((10, 1), 0.5) - torch.ones_like(x)[:, :1]
+            ),
+            a=c(12, 12),
+        ),
+        True,
+    ),
+    "computed-weight": (Doubling(), True),
+    "mask": (Call(lambda x, a: masked(a(x)), a=c(12, 12)), True),
     "largest": (nn.Sequential(c(12, 6), nn.AdaptiveMaxPool2d(1), c(6, 4)), True),
     "pools-1d": (
         nn.Sequential(

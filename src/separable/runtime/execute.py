@@ -18,7 +18,7 @@ from ..progress import progress
 from . import jit
 from .emit import driver
 from .emit.kernel import Kernel
-from .graph import Node, Operand
+from .graph import Node, Operand, evaluation
 from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
 from .steps import Schedule, Step
@@ -177,7 +177,7 @@ class Program:
         """Compute the packed weights anew; calls that are running keep the old ones."""
         seen = self._watched.look() if self._watched else None
         weights = _aligned_floats(self._constants)
-        with torch.no_grad():
+        with torch.no_grad(), evaluation():
             for buffer, recipe in self.schedule.constants:
                 value = recipe().detach().to(torch.float32).reshape(-1)
                 weights[buffer.offset : buffer.offset + buffer.size].copy_(value)

@@ -7,7 +7,9 @@ again when a weight changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,38 @@ from .emit.expression import Expression, operand
 from .memory import Form
 
 Recipe = Callable[[], torch.Tensor]
+
+
+class _Known(threading.local):
+    values: dict[Recipe, torch.Tensor] | None = None
+
+
+_KNOWN = _Known()
+
+
+@contextmanager
+def evaluation() -> Iterator[None]:
+    """Within it, what recipes share is computed once."""
+    outer = _KNOWN.values
+    _KNOWN.values = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _KNOWN.values = outer
+
+
+def once(recipe: Recipe) -> Recipe:
+    """The same recipe, which one evaluation computes once, however many recipes read it."""
+
+    def value() -> torch.Tensor:
+        with evaluation():
+            known = _KNOWN.values
+            assert known is not None
+            if recipe not in known:
+                known[recipe] = recipe()
+            return known[recipe]
+
+    return value
 
 
 @dataclass(eq=False)

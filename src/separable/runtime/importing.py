@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from .graph import Graph, Node, Operand, constant
+from .graph import Graph, Node, Operand, constant, once
 from .lowering import LOWERINGS
 from .memory import Form
 
@@ -51,6 +51,8 @@ class _Importer:
         self.nodes: list[Node] = []
         self.inputs: list[Node] = []
         self.expected: list[Form | None] = []
+        self.known: set[Node] = set()  # nodes that are appended
+        self.made: set[Node] = set()  # constants that the graph makes, and may write into
 
     def run(self, graph: torch.fx.Graph) -> Graph:
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -91,8 +93,14 @@ class _Importer:
         arguments, named = self.value(node.args), self.value(node.kwargs)
         tensors = [x for x in node.all_input_nodes if x.op != "get_attr"]
         operands = [x for x in pytree.tree_leaves((arguments, named)) if isinstance(x, Node)]
-        if operands and all(x.kind == "constant" for x in operands) and not _writes(node):
-            return self.fold(node, arguments, named)
+        fixed = all(x.kind == "constant" for x in operands)
+        if _creates(name):  # nothing but the shape of an operand matters
+            fixed = all(x.kind == "constant" or x.shape is not None for x in operands)
+        if fixed and (operands or _creates(name)) and not _writes(node):
+            folded = self.fold(node, arguments, named)
+            if _creates(name) or self.made.intersection(operands):
+                self.made.add(folded)
+            return folded
         lower = LOWERINGS.get(name)
         plain = all(_is_float(x.meta.get("val")) for x in tensors) and all(
             isinstance(x, Node) and x.shape is not None for x in operands
@@ -115,20 +123,18 @@ class _Importer:
         self.nodes.append(node)
         self.known.add(node)
 
-    @property
-    def known(self) -> set[Node]:
-        if not hasattr(self, "_known"):
-            self._known: set[Node] = set()
-        return self._known
-
     def fold(self, node: torch.fx.Node, arguments: Any, named: Any) -> Node:
+        def value(x: Node) -> torch.Tensor:
+            if x.kind != "constant":
+                return torch.empty(x.shape or ())
+            known: torch.Tensor = x.attributes["recipe"]()
+            return known
+
         def recipe() -> Any:
-            args, kwargs = pytree.tree_map_only(
-                Node, lambda x: x.attributes["recipe"](), (arguments, named)
-            )
+            args, kwargs = pytree.tree_map_only(Node, value, (arguments, named))
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-        return constant(recipe, getattr(node.meta.get("val"), "shape", ()), node.name)
+        return constant(once(recipe), getattr(node.meta.get("val"), "shape", ()), node.name)
 
     def fallback(self, node: torch.fx.Node, arguments: Any, named: Any) -> Node:
         meta: Any = node.meta.get("val")
@@ -151,6 +157,8 @@ class _Importer:
         written = node.args[0]
         assert isinstance(written, torch.fx.Node)
         root = _root(self.values[written])
+        if root in self.made:
+            raise NeedsFunctionalisation
         if root.kind in ("input", "constant"):
             raise ValueError(
                 f"the model writes into its input or a weight ({node.target}); "
@@ -184,6 +192,13 @@ def _writes(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     # detach_ is called mutable, for what it does to the graph of gradients
     return schema is not None and schema.is_mutable and not schema.name.endswith("::detach_")
+
+
+def _creates(name: str) -> bool:
+    """Whether an operator makes a tensor of known numbers."""
+    _, _, rest = name.partition("aten.")
+    kind = rest.partition(".")[0].removeprefix("new_").removesuffix("_like")
+    return kind in ("zeros", "ones", "full", "arange", "linspace", "eye", "scalar_tensor")
 
 
 def _is_float(meta: Any) -> bool:
