@@ -221,6 +221,14 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         True,
     ),
     "computed-weight": (Doubling(), True),
+    "maxout": (
+        Call(
+            lambda x, a, b: torch.maximum(y := a(x), z := b(x)) + torch.minimum(y, z) * z.mean(),
+            a=c(12, 6),
+            b=c(12, 6, 3),
+        ),
+        True,
+    ),
     "mask": (Call(lambda x, a: masked(a(x)), a=c(12, 12)), True),
     "largest": (nn.Sequential(c(12, 6), nn.AdaptiveMaxPool2d(1), c(6, 4)), True),
     "pools-1d": (

@@ -38,6 +38,8 @@ def _binary(kind: str) -> Callable[..., Lowered]:
 
 for _name in ("add", "sub", "mul", "div"):
     LOWERINGS[f"aten.{_name}.Tensor"] = LOWERINGS[f"aten.{_name}.Scalar"] = _binary(_name)
+LOWERINGS["aten.maximum.default"] = _binary("max")
+LOWERINGS["aten.minimum.default"] = _binary("min")
 
 
 @lowers("rsub.Scalar", "rsub.Tensor")

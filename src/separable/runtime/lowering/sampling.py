@@ -138,6 +138,11 @@ def _mean(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any
     return node if keepdim else view(node, "reshape", shape)
 
 
+@lowers("mean.default")
+def _mean_of_all(x: Node) -> Lowered:
+    return _mean(x, None)
+
+
 @lowers("sum.dim_IntList")
 def _sum(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Lowered:
     mean = _mean(x, dims, keepdim)
