@@ -58,8 +58,8 @@ def compile(
     machine = machines.host(isa)
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if dynamic_batch:
-        if not all(isinstance(x, torch.Tensor) and x.dim() for x in args):
-            raise ValueError("`dynamic_batch=True` takes tensors with a batch axis only")
+        if not all(isinstance(x, torch.Tensor) and x.dim() and x.is_floating_point() for x in args):
+            raise ValueError("`dynamic_batch=True` takes float32 tensors with a batch axis only")
         args = tuple(x[:1] for x in args)
     weights = Weights()
     with torch.no_grad():
@@ -70,8 +70,15 @@ def compile(
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert spec_in is not None
     assert spec_out is not None
-    compiled = CompiledModel(program, (spec_in, spec_out), dynamic_batch)
+    examples = pytree.tree_leaves((args, {}))
+    compiled = CompiledModel(program, (spec_in, spec_out), dynamic_batch, examples)
     if dynamic_batch:
+        results = program.schedule.results
+        if any(form is None or form.shape[:1] != (1,) for form in results):
+            raise ValueError(
+                "`dynamic_batch=True` needs float32 results with the batch as their first axis; "
+                "compile the model for one batch size instead"
+            )
         _check_samples_apart(model, compiled, args)
     return compiled
 
@@ -107,7 +114,13 @@ def build(
     """
 
     def translate(program: torch.export.ExportedProgram) -> Graph:
-        module = program.graph_module
+        module, signature = program.graph_module, program.graph_signature
+        written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+        if written:
+            raise ValueError(
+                f"the model writes into its input or a weight ({', '.join(written.values())}); "
+                "let it work on a copy (`x = x.clone()`)"
+            )
         return import_graph(program.graph, constants(program), lambda name: getattr(module, name))
 
     try:
@@ -129,7 +142,9 @@ def _check_samples_apart(
         expected = pytree.tree_leaves(model(*batch))
     actual = pytree.tree_leaves(compiled(*batch))
     for ours, theirs in zip(actual, expected, strict=True):
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+        if ours.shape != theirs.shape or not torch.allclose(
+            ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True
+        ):
             raise ValueError(
                 "`dynamic_batch=True` needs a model whose samples do not depend on one another; "
                 "compile it for one batch size instead"

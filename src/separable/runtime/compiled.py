@@ -25,6 +25,8 @@ class CompiledModel:
         expected: the form of each argument; `None` where it is no float32 tensor.
         structures: how arguments and results are nested.
         dynamic_batch: whether any batch size is accepted.
+        examples: of arguments that are no float32 tensors, numbers or tensors without memory; only
+            torch reads them.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class CompiledModel:
         program: Program,
         structures: tuple[pytree.TreeSpec, pytree.TreeSpec],
         dynamic_batch: bool,
+        examples: Sequence[Any] = (),
     ) -> None:
         self.program = program
         self.expected = tuple(program.schedule.expected)
         self.structures = structures
         self.dynamic_batch = dynamic_batch
+        self.examples = [_example(x) for x in examples] or [None] * len(self.expected)
         # Most models take tensors and return one: no need to take apart and to join anything.
         _, plain = pytree.tree_flatten(((0,) * len(self.expected), {}))
         self._plain = plain == structures[0] and not dynamic_batch and None not in self.expected
@@ -60,8 +64,10 @@ class CompiledModel:
             )
         batch = flat[0].shape[0] if self.dynamic_batch and flat[0].dim() else None
         inputs = [
-            value if form is None else self._checked(i, value, form, batch)
-            for i, (value, form) in enumerate(zip(flat, self.expected, strict=True))
+            _same(i, value, example) if form is None else self._checked(i, value, form, batch)
+            for i, (value, form, example) in enumerate(
+                zip(flat, self.expected, self.examples, strict=True)
+            )
         ]
         return self._run(inputs, batch)
 
@@ -77,10 +83,12 @@ class CompiledModel:
         """
         generator = torch.Generator().manual_seed(0)
         inputs = [
-            None
-            if form is None
-            else form.empty().copy_(torch.randn(form.shape, generator=generator))
-            for form in self.expected
+            form.empty().copy_(torch.randn(form.shape, generator=generator))
+            if form is not None
+            else torch.zeros_like(example, device="cpu")
+            if isinstance(example, torch.Tensor)
+            else example
+            for form, example in zip(self.expected, self.examples, strict=True)
         ]
         return explain(self.program, inputs, repeats)
 
@@ -126,6 +134,30 @@ class CompiledModel:
         for i in range(batch):
             self.program([x[i : i + 1] for x in inputs], outputs=[y[i : i + 1] for y in outputs])
         return outputs
+
+
+def _example(x: Any) -> Any:
+    """What is kept of an argument: not its memory."""
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+
+def _same(number: int, value: Any, example: Any) -> Any:
+    """An argument that torch reads, if it is what the model was traced with."""
+    if not isinstance(example, torch.Tensor):
+        if type(value) is not type(example) or value != example:
+            raise ValueError(
+                f"argument {number} (={value!r}) must be {example!r}, which the model was compiled "
+                "with; compile it again for another"
+            )
+    elif not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        raise TypeError(f"argument {number} (={value!r}) must be a tensor on the CPU")
+    elif (value.dtype, value.shape) != (example.dtype, example.shape):
+        raise ValueError(
+            f"argument {number} (of {value.dtype} and shape {tuple(value.shape)}) must be of "
+            f"{example.dtype} and shape {tuple(example.shape)}, which the model was compiled for; "
+            "compile it again for another"
+        )
+    return value
 
 
 def _fits(value: Any, form: Form | None) -> bool:

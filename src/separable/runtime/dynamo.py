@@ -93,7 +93,7 @@ class GraphRunner:
         assert spec is not None
         examples = [args[i] for i in self._free]
         _, structure = pytree.tree_flatten((tuple(examples), {}))
-        inner = CompiledModel(program, (structure, spec), False)
+        inner = CompiledModel(program, (structure, spec), False, examples)
         one_by_one = threading.Lock()  # other instances of the same class have other weights
 
         def run(*args: Any) -> Any:

@@ -280,6 +280,9 @@ class Program:
     ) -> None:
         assert step.node is not None
         sources = step.node.inputs
+        target = step.node.attributes["target"]
+        schema = getattr(target, "_schema", None)
+        writes = schema is not None and schema.is_mutable
         tensors = [frame.arena, frame.weights, *inputs, *outputs]
 
         def look(place: Place) -> torch.Tensor:
@@ -290,7 +293,11 @@ class Program:
         def value(operand: Operand) -> Any:
             node = sources[operand.number]
             if node in step.operands:
-                return look(step.operands[node])
+                tensor = look(step.operands[node])
+                if "as_strided" in str(target):  # counts floats in memory as torch has it
+                    return tensor.contiguous()
+                # Its memory may have other names, which a write in place must not reach.
+                return tensor.clone() if writes else tensor
             if node.kind == "constant":
                 return node.attributes["recipe"]()
             if node.kind == "input":
@@ -302,7 +309,7 @@ class Program:
             Operand, value, (attributes["arguments"], attributes["named"])
         )
         with torch.no_grad():
-            result = attributes["target"](*arguments, **named)
+            result = target(*arguments, **named)
             if step.output is not None:
                 look(step.output).copy_(result)
             else:  # nothing may point into the arena, which is used again

@@ -7,6 +7,7 @@ again when a weight changes.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -225,6 +226,8 @@ def _affine(node: Node, conv: Node) -> tuple[Recipe | None, Recipe | None]:
     channels = conv.shape[conv.channel_axis]
     if isinstance(second, int | float):
         number = float(second)
+        if not math.isfinite(number) or (kind == "div" and number == 0):
+            return None, None
 
         def recipe() -> torch.Tensor:
             return torch.full((channels,), number)

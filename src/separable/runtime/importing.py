@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from .memory import Form
 
 
 class NeedsFunctionalisation(Exception):
-    """An operator writes into memory that is read under another name later."""
+    """An operator writes into memory that has, or may have, another name."""
 
 
 def import_graph(
@@ -52,7 +53,7 @@ class _Importer:
         self.inputs: list[Node] = []
         self.expected: list[Form | None] = []
         self.known: set[Node] = set()  # nodes that are appended
-        self.made: set[Node] = set()  # constants that the graph makes, and may write into
+        self.views: set[Node] = set()  # those that torch makes
 
     def run(self, graph: torch.fx.Graph) -> Graph:
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -63,11 +64,14 @@ class _Importer:
                 self.values[node] = self.placeholder(node)
             elif node.op == "get_attr":
                 target = str(node.target)
-                shape = self.attribute(target).shape
-                self.values[node] = constant(partial(self.attribute, target), shape, target)
+                found: Any = self.attribute(target)
+                if isinstance(found, torch.Tensor):
+                    found = constant(partial(self.attribute, target), found.shape, target)
+                self.values[node] = found  # a graph that another calls is none of ours
             elif node.op == "output":
-                outputs = list(self.value(node.args[0]))
                 results = [_form(result) for result in node.args[0]]
+                found = zip(self.value(node.args[0]), results, strict=True)
+                outputs = [self.result(value, form) for value, form in found]
             else:
                 self.values[node] = self.call(node)
                 if _writes(node):
@@ -84,9 +88,22 @@ class _Importer:
         self.inputs.append(Node("input", None if form is None else form.shape, name=node.name))
         return self.inputs[-1]
 
+    def result(self, value: Any, form: Form | None) -> Node:
+        """The node that a result is read from."""
+        if form is not None:
+            assert isinstance(value, Node)
+            return value
+        if isinstance(value, Node) and value.kind == "torch":
+            return value
+        known = Node("torch", None, [], {"target": _given, "arguments": (value,), "named": {}})
+        if isinstance(value, Node):
+            known.inputs, known.attributes["arguments"] = [value], (Operand(0),)
+        self.add(known, "")
+        return known
+
     def call(self, node: torch.fx.Node) -> Any:
         name = str(node.target).replace("_.", ".") if _writes(node) else str(node.target)
-        if name.endswith("getitem>") or getattr(node.target, "__name__", "") == "getitem":
+        if _is_item(node):
             source, index = self.value(node.args)
             if isinstance(source, tuple | list) and index < len(source):
                 return source[index]
@@ -96,17 +113,18 @@ class _Importer:
         fixed = all(x.kind == "constant" for x in operands)
         if _creates(name):  # nothing but the shape of an operand matters
             fixed = all(x.kind == "constant" or x.shape is not None for x in operands)
-        if fixed and (operands or _creates(name)) and not _writes(node):
-            folded = self.fold(node, arguments, named)
-            if _creates(name) or self.made.intersection(operands):
-                self.made.add(folded)
-            return folded
+        if fixed and (operands or _creates(name)) and not _writes(node) and not _draws(node):
+            return self.fold(node, arguments, named)
         lower = LOWERINGS.get(name)
         plain = all(_is_float(x.meta.get("val")) for x in tensors) and all(
             isinstance(x, Node) and x.shape is not None for x in operands
         )
-        result = lower(*arguments, **named) if lower and plain else None
-        if result is None or not _same_shapes(result, node.meta.get("val")):
+        result = None
+        if lower and plain:
+            # A lowering need not know each argument, nor tensors without axes.
+            with suppress(TypeError, ValueError, IndexError, ArithmeticError):
+                result = lower(*arguments, **named)
+        if result is None or not _serves(result, node):
             return self.fallback(node, arguments, named)
         layer = _layer(node)
         for produced in result if isinstance(result, tuple) else (result,):
@@ -149,32 +167,36 @@ class _Importer:
             inputs,
             {"target": node.target, "arguments": arguments, "named": named},
         )
+        if _is_view(node) or (_is_item(node) and self.views.intersection(inputs)):
+            self.views.add(result)
         self.add(result, _layer(node))
         return result
 
     def rename(self, node: torch.fx.Node, order: dict[torch.fx.Node, int]) -> None:
         """After an operator that writes in place, its operand means the new value."""
         written = node.args[0]
-        assert isinstance(written, torch.fx.Node)
-        root = _root(self.values[written])
-        if root in self.made:
+        if not isinstance(written, torch.fx.Node) or "out" in node.kwargs:
             raise NeedsFunctionalisation
-        if root.kind in ("input", "constant"):
-            raise ValueError(
-                f"the model writes into its input or a weight ({node.target}); "
-                "let it work on a copy (`x = x.clone()`)"
-            )
+        root = self.root(self.values[written])
+        if root.kind in ("input", "constant"):  # or a copy of one, which is none to us
+            raise NeedsFunctionalisation
         for other, value in self.values.items():
-            if other in (node, written) or not isinstance(value, Node) or _root(value) is not root:
+            if other in (node, written) or not isinstance(value, Node):
+                continue
+            if self.root(value) is not root:
                 continue
             if any(order[user] > order[node] for user in other.users):
                 if _writes(other) and other.args[0] is written:
                     self.values[other] = self.values[node]
                     continue
                 raise NeedsFunctionalisation
-        if self.values[written].kind == "view" and _root(self.values[written]) is not root:
-            raise NeedsFunctionalisation
         self.values[written] = self.values[node]
+
+    def root(self, node: Node) -> Node:
+        """What a view is one of."""
+        while node.kind == "view" or node in self.views:
+            node = node.inputs[0]
+        return node
 
     def value(self, structure: Any) -> Any:
         return torch.fx.node.map_aggregate(
@@ -182,10 +204,23 @@ class _Importer:
         )
 
 
-def _root(node: Node) -> Node:
-    while node.kind == "view":
-        node = node.inputs[0]
-    return node
+def _given(value: Any) -> Any:
+    return value
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    """Whether an operator's results may lie in the memory of its first operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _is_item(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operator's results are random."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _writes(node: torch.fx.Node) -> bool:
@@ -211,16 +246,19 @@ def _is_float(meta: Any) -> bool:
     )
 
 
-def _form(node: torch.fx.Node) -> Form | None:
-    meta: Any = node.meta.get("val")
+def _form(node: Any) -> Form | None:
+    meta: Any = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
     return Form.of(meta) if _is_float(meta) else None
 
 
-def _same_shapes(result: Node | tuple[Node, ...], meta: Any) -> bool:
+def _serves(result: Node | tuple[Node, ...], node: torch.fx.Node) -> bool:
+    """Whether what an operator was lowered to is all that is read of its results."""
+    meta: Any = node.meta.get("val")
     if isinstance(result, Node):
         return _is_float(meta) and tuple(meta.shape) == result.shape
-    return isinstance(meta, Sequence) and all(
-        tuple(m.shape) == r.shape for r, m in zip(result, meta, strict=False)
+    read: list[Any] = [u.args[1] if _is_item(u) else len(result) for u in node.users if u.users]
+    return max(read, default=0) < len(result) and all(
+        _is_float(m) and tuple(m.shape) == r.shape for r, m in zip(result, meta, strict=False)
     )
 
 

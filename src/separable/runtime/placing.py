@@ -56,8 +56,10 @@ class Memory:
         if place.same_strides(dense(place.buffer, node.shape, channels_last(len(node.shape)))):
             for user in users:
                 if user is not None and user.kind == "cat" and user.inputs.count(node) == 1:
-                    self.places[node] = self.part(user, user.inputs.index(node))
-                    return self.places[node]
+                    part = self.part(user, user.inputs.index(node))
+                    if part.strides[order[-1]] == 1:
+                        self.places[node] = part
+                        return part
             if len(node.shape) == 4 and not returned:
                 place = self.image(node.shape)
         if returned:

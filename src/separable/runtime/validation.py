@@ -97,7 +97,7 @@ def footprints(kernel: Kernel) -> list[int]:
         return _chain(kernel.does, kernel)
     lengths, operands = _FOOTPRINTS[type(kernel.does)](kernel.does, kernel)
     used = operands_of(getattr(kernel.does, "epilogue", ("x", 0)))
-    if max(used, default=0) >= operands:
+    if used and max(used) >= operands:
         raise ValueError(f"epilogue reads operand {max(used)}, the kernel has {operands}")
     return lengths
 

@@ -88,15 +88,10 @@ def exported_weights(
         weights: what the watched tensors are added to.
     """
     signature = program.graph_signature
-    # Such as how many batches a batch norm has seen: none of a model's results depends on it.
-    unread = {node.name for node in program.graph.nodes if not node.users}
     recipes: dict[str, Callable[[], torch.Tensor]] = {}
 
     def read(placeholder: str, holder: Mapping[Any, Any], name: str) -> None:
-        if placeholder in unread:
-            recipes[placeholder] = lambda: holder[name]
-        else:
-            recipes[placeholder] = weights.add(holder, name)
+        recipes[placeholder] = weights.add(holder, name)
 
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for placeholder, name in named.items():

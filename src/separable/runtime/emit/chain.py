@@ -197,9 +197,10 @@ class _Emitter:
         lows, highs = self.rows_back(low, first=True), self.rows_back(high, first=False)
         ready = self.rows_back(low, first=False)
         is_first = b.ir.icmp_signed("==", b.index(band), b.index(first_band))
+        # Where all of a stage's rows are padding, those before it need none: low may exceed high.
         starts = [
-            b.ir.select(is_first, b.index(needed), b.index(b.maximum(needed, kept)))
-            for needed, kept in zip(lows, ready, strict=True)
+            b.minimum(b.ir.select(is_first, b.index(needed), b.index(b.maximum(needed, kept))), end)
+            for needed, kept, end in zip(lows, ready, highs, strict=True)
         ]
         if any(reach(stage) > stage.stride[0] for stage in stages[1:]):
             previous = self.rows_back(b.add(low, -self.tile.rows), first=True)

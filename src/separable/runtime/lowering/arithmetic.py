@@ -20,18 +20,16 @@ for _name in ACTIVATIONS:
 
 def _binary(kind: str) -> Callable[..., Lowered]:
     def lower(x: Any, y: Any, alpha: float = 1) -> Lowered:
-        parts = [operand(0), y if isinstance(y, int | float) else operand(1)]
-        if isinstance(x, int | float):
-            parts = [x, operand(0)]
-        if alpha != 1:
-            parts[1] = ("mul", parts[1], float(alpha))
-        nodes = [node for node in (x, y) if isinstance(node, Node)]
-        if len(nodes) == 2 and x is y:
-            nodes, parts[1] = [x], operand(0)
+        nodes = list(dict.fromkeys(node for node in (x, y) if isinstance(node, Node)))
         # The larger operand first: it decides the layout of the result.
-        elif len(nodes) == 2 and nodes[0].kind == "constant" and kind in ("add", "mul"):
+        if len(nodes) == 2 and nodes[0].kind == "constant":
             nodes.reverse()
-        return elementwise((kind, *parts), *nodes)
+        first, second = (
+            operand(nodes.index(part)) if isinstance(part, Node) else part for part in (x, y)
+        )
+        if alpha != 1:
+            second = ("mul", second, float(alpha))
+        return elementwise((kind, first, second), *nodes)
 
     return lower
 

@@ -25,7 +25,9 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Lowered:
-    if weight.kind != "constant" or (bias and bias.kind != "constant") or len(shape_of(x)) < 3:
+    if weight.kind != "constant" or (bias and bias.kind != "constant"):
+        return None
+    if len(shape_of(x)) != len(shape_of(weight)):  # no batch axis
         return None
     one_d = len(shape_of(x)) == 3
     if one_d:  # a row of an image of height 1
@@ -66,6 +68,8 @@ def _conv_same(
     groups: int = 1,
 ) -> Lowered:
     axes = len(shape_of(weight)) - 2
+    if len(shape_of(x)) != axes + 2:
+        return None
     zeros = (0,) * axes
     if padding == "valid":
         return _conv(x, weight, bias, stride, zeros, dilation, groups)
