@@ -64,7 +64,7 @@ def compile(
     weights = Weights()
     with torch.no_grad():
         with progress("tracing the network"):
-            exported = _traced(model, args)
+            exported = traced(model, args)
         constants = functools.partial(exported_weights, model=model, weights=weights)
         program = build(exported, machine, count, constants, weights, fuse)
     spec_in, spec_out = exported.call_spec.in_spec, exported.call_spec.out_spec
@@ -83,7 +83,8 @@ def compile(
     return compiled
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
+def traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """The graph of a model; raises `ValueError` where torch can't trace it."""
     try:
         return torch.export.export(model, args)
     except Exception as error:  # torch names no common class of what tracing and the model raise

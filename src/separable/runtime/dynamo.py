@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import machine as machines
-from .backend import build
+from .backend import build, traced
 from .compiled import CompiledModel
 from .graph import Recipe
 from .memory import Form
@@ -85,9 +85,9 @@ class GraphRunner:
 
         try:
             with torch.no_grad():
-                exported = torch.export.export(self._module, args)
+                exported = traced(self._module, args)
                 program = build(exported, self._machine, self._threads, constants, weights)
-        except ValueError:  # the graph writes into its arguments
+        except ValueError:  # the graph writes into its arguments, or can't be traced apart
             return self._module.forward
         spec = exported.call_spec.out_spec
         assert spec is not None
