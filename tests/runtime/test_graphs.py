@@ -151,6 +151,19 @@ def test_graphs(name: str) -> None:
         pytree.tree_map(close, compiled(*arguments), expected)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["narrow-written", "results-of-all-kinds", "integers-written", "addmm-scaled", "no-axes"],
+)
+def test_graphs_behind_torch_compile(name: str) -> None:
+    function, arguments = GRAPHS[name]
+    model = Graph(function).eval()
+    expected = copy.deepcopy(model)(*copy.deepcopy(arguments))
+    compiled = torch.compile(model, backend="separable")
+    with torch.no_grad():
+        pytree.tree_map(close, compiled(*arguments), expected)
+
+
 def close(actual: Any, expected: Any) -> None:
     if not isinstance(expected, torch.Tensor):
         assert actual == expected
