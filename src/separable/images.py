@@ -28,9 +28,26 @@ def open_image(path: Path | str, channels: int) -> Any:
 
     try:
         with Image.open(path) as image:
-            return image.convert("L" if channels == 1 else "RGB")
+            return _eight_bits(image).convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def _eight_bits(image: Any) -> Any:
+    """An image of 16 bits in the upper 8; Pillow would cut off all values above 255.
+
+    Raises:
+        ValueError: its values have no known range.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"an image of mode {image.mode} has no known range")
+    return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def transforms() -> Any:
@@ -133,6 +150,11 @@ def read_labelled(
 
     reader = _Reader("--labelled", folder, input_size, mean, std)
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if len(classes) < 2:
+        raise ValueError(
+            f"--labelled: {str(folder)!r} must hold a folder of images for each class, and has "
+            f"{len(classes)}"
+        )
     labels = {path: i for i, each in enumerate(classes) for path in find_images(each)}
     read = reader.read(list(labels), len(labels))
     images = torch.stack([image for image, _ in read])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,33 @@ def whole_files(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
     """Give each path a temporary name beside it, and rename all once the body is done.
 
     Whatever the body raises, Ctrl-C included, leaves nothing behind.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        IsADirectoryError: a path is a folder.
     """
     partial = {path: path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}") for path in paths}
+    modes = {path: _usual_mode(path, temporary) for path, temporary in partial.items()}
     try:
         yield partial
         for path, temporary in partial.items():
+            temporary.chmod(modes[path])  # some writers let nobody else read theirs
             os.replace(temporary, path)
     finally:
         for temporary in partial.values():
             temporary.unlink(missing_ok=True)
+
+
+def _usual_mode(path: Path, temporary: Path) -> int:
+    """The permissions of a new file there."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    temporary.unlink()
+    return mode
 
 
 @contextmanager

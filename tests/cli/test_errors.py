@@ -203,7 +203,8 @@ def _cases():
     for folder, words in FOLDERS.items():
         yield f"{convert} --calibration={folder}", words
         yield f"{report} --convert=macs=0.5 --calibration={folder}", words
-        yield f"{report} --labelled={folder}", words
+        is_flat = words.startswith("no image")
+        yield f"{report} --labelled={folder}", "folder of images for each" if is_flat else words
         yield f"{export} --check={folder}", words
     for command, flag in (
         (convert, "--calibration"), (report + " --convert=macs=0.5", "--calibration"),

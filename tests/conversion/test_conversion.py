@@ -352,6 +352,26 @@ def test_merge_gives_dense_convolutions_of_the_same_function(model, inputs, slim
     assert merged.alias is merged.down
 
 
+def test_numbers_among_the_outputs_and_transposed_layers_in_the_budget():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+            self.wide = nn.Conv2d(16, 24, 3, padding=1, bias=False)
+            self.up = nn.ConvTranspose2d(24, 4, 2, stride=2, bias=False)
+
+        def forward(self, x):
+            y = self.up(self.wide(self.conv(x)))
+            return {"y": y, "mean": y.mean()}
+
+    torch.manual_seed(0)
+    model, inputs = Model().eval(), torch.randn(16, 3, 8, 8)
+    slim = separable.convert(model, inputs, "macs=0.7", progress=False)
+    before, after = (separable.count(m, (1, 3, 8, 8)).macs for m in (model, slim))
+    assert slim.report.plan.macs == pytest.approx(after / before)
+    assert after <= 0.7 * before
+
+
 def test_export_keeps_the_outputs(inputs, slim):
     exported = torch.export.export(slim, (inputs[:2],)).module()
     torch.testing.assert_close(exported(inputs[:2]), slim(inputs[:2]), rtol=1e-4, atol=1e-4)
@@ -487,7 +507,8 @@ def test_two_processes_find_what_one_does(model, inputs, tmp_path):
         chosen = [(row.name, row.form, row.rank) for row in rows]
         assert chosen == [(r.name, r.form, r.rank) for r in alone.report.plan.rows]
         for name, value in alone.state_dict().items():
-            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
+            # fits amplify the rounding of sums in another order
+            torch.testing.assert_close(state[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

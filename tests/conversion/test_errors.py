@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -36,6 +36,7 @@ def broken(value):
         (network(), INPUTS, 0.5, TypeError, "`budget`"),
         (network(), torch.randn(8, 4, 8, 8), "macs=0.5", ValueError, "rejects its first item"),
         (network(), [], "macs=0.5", ValueError, "empty"),
+        (network(), INPUTS[:0], "macs=0.5", ValueError, "empty"),
         (network(), 3, "macs=0.5", TypeError, "`calibration`"),
         (network(), ["a"], "macs=0.5", TypeError, "`calibration`"),
         (network(), INPUTS * float("nan"), "macs=0.5", ValueError, "layer `0` hold NaN"),
@@ -105,6 +106,33 @@ def test_nothing_half_written(tmp_path):
     with pytest.raises(ValueError, match="report"):
         separable.save(network(), tmp_path / "file")
     slim = separable.apply(network(), plan(), INPUTS, progress=False)
-    with pytest.raises(SafetensorError):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         separable.save(slim, tmp_path / "no" / "folder")
+    with pytest.raises(IsADirectoryError, match="name a file"):
+        separable.save(slim, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_converted_or_merged_already():
+    slim = separable.apply(network(), plan(), INPUTS, progress=False)
+    with pytest.raises(ValueError, match=r"`model` is a converted network already: `\d` is"):
+        separable.convert(slim, INPUTS, "macs=0.5", progress=False)
+    merged = separable.merge(slim)
+    with pytest.raises(ValueError, match="`model` has no `report`"):
+        separable.save(merged, "nowhere")
+    again = separable.convert(merged, INPUTS, "macs=0.6", progress=False)
+    assert again.report.plan.macs <= 0.6
+
+
+def test_a_file_without_a_bias(tmp_path):
+    slim = separable.apply(network(), plan(), INPUTS, progress=False)
+    path = tmp_path / "slim.safetensors"
+    separable.save(slim, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    lost = next(name for name in tensors if name.startswith("2.") and name.endswith("bias"))
+    del tensors[lost]
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="lacks the bias of layer `2`"):
+        separable.load(path, model=network())

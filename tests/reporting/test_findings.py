@@ -257,6 +257,12 @@ def test_labels_need_a_classifier():
         separable.report(model, SIZE, data=data, **QUICK)
 
 
+def test_labels_are_outputs_of_the_network():
+    data = [(images(4), torch.tensor([0, 1, 2, 4]))]
+    with pytest.raises(ValueError, match="`data` has a class 4 and `model` 4 outputs"):
+        separable.report(network(), SIZE, data=data, **QUICK)
+
+
 def test_json_and_csv_hold_the_same_figures(findings):
     read = json.loads(json.dumps(findings.to_dict()))
     assert read["answer"] == findings.answer

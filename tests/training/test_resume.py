@@ -159,6 +159,16 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    begun(tmp_path, 3)
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:-500] if content is None else content)
+    network = torch.nn.Sequential(seeded(net), torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"`out`: '.*last\.ckpt' is damaged"):
+        train(network, blobs(), out=tmp_path, resume=True, **OPTIONS)
+
+
 def test_without_a_checkpoint_it_begins_anew(tmp_path):
     first = train(seeded(net), blobs(), out=tmp_path / "a", **OPTIONS)
     again = train(seeded(net), blobs(), out=tmp_path / "b", resume=True, **OPTIONS)

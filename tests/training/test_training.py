@@ -384,6 +384,13 @@ def test_errors_come_before_anything_is_written(tmp_path, options, error, words)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_training_that_diverges_stops(tmp_path):
+    with pytest.raises(ValueError, match=r"the training diverged; lower `lr` \(=1e\+30\)"):
+        trained(lr=1e30, epochs=3, out=tmp_path)
+    if (tmp_path / "last.safetensors").exists():
+        assert all(w.isfinite().all() for w in load_file(tmp_path / "last.safetensors").values())
+
+
 def test_inputs_smaller_than_the_stride():
     strided = nn.Sequential(
         *(nn.Conv2d(i, 3, 3, stride=2, padding=1) for i in (1, 3, 3, 3)),

@@ -72,7 +72,7 @@ class Inputs:
     def _probe(self, model: nn.Module) -> Tensor:
         """Run the first item, as a batch if the model takes it so, else as one input."""
         item = next(iter(self._batches), None)
-        if item is None:
+        if item is None or (isinstance(item, Tensor) and not len(item)):
             raise ValueError("`calibration` is empty; give at least one input")
         first = self._input(item)
         try:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .calibration import Inputs
 from .fitting import Target, curve, fit, targets
-from .forms import Form, exact_rank, grouped, weights_per_position
+from .forms import Form, SeparatedConv, exact_rank, grouped, weights_per_position
 from .plans import NothingToConvert, Row
 from .sensitivity import fisher
 from .sites import Site, survey, trace
@@ -78,6 +78,12 @@ def candidates(
     Returns:
         The candidates for each share.
     """
+    for name, module in original.named_modules():
+        if isinstance(module, SeparatedConv):
+            raise ValueError(
+                f"`model` is a converted network already: `{name}` is a {type(module).__name__}; "
+                "convert the original, or what separable.merge makes of this one"
+            )
     sites = trace(original, inputs.first if inputs is not None else example)
     if not sites:
         raise NothingToConvert({})
@@ -148,7 +154,8 @@ def _fitting(sites: Sequence[Site]) -> Iterator[list[Site]]:
 
 def cost(site: Site, form: Form | None, rank: int) -> tuple[float, int]:
     """Multiply-adds per network input and weights of a layer in a form; None is dense."""
-    assert site.shape is not None
+    if site.shape is None:  # transposed: each input position meets all weights
+        return site.weights * site.before, site.weights
     if form is None:
         weights = math.prod(site.shape)
         return weights * site.after, weights
@@ -281,7 +288,7 @@ def rows(found: Candidates, picked: dict[str, Option]) -> tuple[Row, ...]:
     """The rows of a plan, in the order in which the layers run."""
     result = []
     for site in found.sites:
-        before = (0.0, 0) if site.shape is None else cost(site, None, 0)
+        before = cost(site, None, 0)
         option = picked.get(site.name)
         reason = found.reasons.get(site.name, "")
         if option is None or option.form is None:

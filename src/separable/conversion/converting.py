@@ -120,4 +120,6 @@ def merge(model: nn.Module) -> nn.Module:
     for module, names in found.items():
         assert isinstance(module, SeparatedConv)
         result = replaced(result, names, merged(module))
+    if hasattr(result, "report"):
+        del result.report  # it is of a converted network, which this one is no more
     return result

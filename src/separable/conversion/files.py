@@ -94,7 +94,13 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
         factors = random_factors(row.form, row.shape, row.rank)
         child = "spatial" if factors.last is None else "last"
         prefix = f"{row.name}." if row.name else ""
-        module = separated(conv, factors, tensors.get(f"{prefix}{child}.bias"))
+        bias = tensors.get(f"{prefix}{child}.bias")
+        if bias is None and conv.bias is not None:
+            raise ValueError(
+                f"`path` (={os.fspath(path)!r}) lacks the bias of layer `{row.name}`; save the "
+                "network again"
+            )
+        module = separated(conv, factors, bias)
         result = replaced(result, names[row.name], module)
     try:
         result.load_state_dict(tensors)

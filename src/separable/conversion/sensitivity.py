@@ -80,6 +80,8 @@ def _surprise(output: Any, generator: torch.Generator) -> Tensor:
         return F.cross_entropy(logits, labels[:, 0].to(logits.device), reduction="sum")
     total = torch.zeros(())
     for tensor in flat:
+        if not tensor.ndim:  # a number about the whole batch
+            continue
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         energy = tensor.detach().square().sum() / len(tensor)
         total = total.to(tensor) + (noise * tensor).sum() * (2 / energy.clamp_min(1e-30)).sqrt()

@@ -38,6 +38,8 @@ class Site:
     """output positions per network input, over all runs"""
     input_size: tuple[int, ...]
     """shape of the first run's input"""
+    weights: int = 0
+    """how many numbers its weight holds"""
     plain: bool = True
     """whether it computes its weight times its patches in its first run"""
     sequel: Sequel = NOTHING
@@ -91,6 +93,7 @@ def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
                 sum(i.numel() / module.in_channels for i, _ in seen) / _length(input),
                 sum(o.numel() / module.out_channels for _, o in seen) / _length(input),
                 tuple(seen[0][0].shape) if seen else (),
+                module.weight.numel(),
                 plain.get(name, True),
                 follow[name][0].sequel if len(seen) == 1 else NOTHING,
             )

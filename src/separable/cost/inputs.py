@@ -99,16 +99,27 @@ def make_inputs(
     return Inputs(tuple(drawn), kwargs)
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Sequence) and any(isinstance(part, Tensor) for part in value):
+        return f"a {type(value).__name__} with tensors"
+    return f"={value!r}"
+
+
 def _check_sizes(input_size: Any) -> list[tuple[int, ...]]:
     if not isinstance(input_size, Sequence) or isinstance(input_size, str) or not input_size:
         raise TypeError(
-            f"`input_size` (={input_size!r}) must be a shape such as (1, 3, 224, 224), or a list "
-            "of shapes"
+            f"`input_size` ({_shown(input_size)}) must be a shape such as (1, 3, 224, 224), or a "
+            "list of shapes; tensors are given as `inputs`"
         )
     sizes = [input_size] if isinstance(input_size[0], int) else list(input_size)
     for size in sizes:
         if not isinstance(size, Sequence) or not all(isinstance(n, int) for n in size):
-            raise TypeError(f"`input_size` (={input_size!r}) must be made of ints")
+            raise TypeError(
+                f"`input_size` ({_shown(input_size)}) must be made of ints; tensors are given as "
+                "`inputs`"
+            )
         if not size or any(n < 0 for n in size):
             raise ValueError(f"`input_size` (={input_size!r}) must have entries of 0 or more")
     return [tuple(size) for size in sizes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -98,6 +99,8 @@ def report(
         Budget.parse(each)  # before the first of them is converted
     original = frozen_copy(model)
     given = make_inputs(original, input_size, inputs=inputs).args
+    if data is not None:
+        data = _checked(data, original)
     title = type(model).__name__ if title is None else title
     steps = 5 + bool(budgets)
     with (
@@ -297,13 +300,30 @@ def _judge(contenders: list[_Contender], calibration: Any, data: Batches | None)
             each.error = divergence(each.network, first.network, seen)
     for images, labels in data or ():
         for each in contenders:
-            output = each.network(images)
-            if not is_logits(output):
-                raise ValueError(
-                    "`data` is for networks that return one score per class, [N, classes]"
-                )
-            each.correct += int((output.argmax(1) == labels).sum())
+            each.correct += _correct(each.network(images), labels)
             each.tested += len(labels)
+
+
+def _correct(output: Any, labels: Tensor) -> int:
+    """How many inputs a network put into their class."""
+    if not is_logits(output):
+        raise ValueError("`data` is for networks that return one score per class, [N, classes]")
+    if len(labels) and int(labels.max()) >= output.shape[1]:
+        raise ValueError(
+            f"`data` has a class {int(labels.max())} and `model` {output.shape[1]} outputs; "
+            "classes are counted from 0, one output each"
+        )
+    return int((output.argmax(1) == labels).sum())
+
+
+@torch.no_grad()
+def _checked(data: Batches, network: nn.Module) -> Batches:
+    """The same, whose first batch is one of classes of the network."""
+    batches = iter(data)
+    first = list(itertools.islice(batches, 1))
+    for images, labels in first:
+        _correct(network(images), labels)
+    return itertools.chain(first, batches)
 
 
 def _environment(measured: Measurement, account: Account) -> dict[str, str]:

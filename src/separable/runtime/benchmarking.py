@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from prettytable import PrettyTable, TableStyle
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..failures import in_a_line
 from ..progress import progress, timed
@@ -169,7 +170,7 @@ def _benchmark(
     isa: str | None,
 ) -> Benchmark:
     x = torch.randn(input_size, generator=torch.Generator().manual_seed(0))
-    expected = model(x)
+    expected = _first(model(x))
     if not expected.isfinite().all():
         raise ValueError(
             f"`model` ({network or type(model).__name__}) gives NaN or infinity on random inputs, "
@@ -190,7 +191,7 @@ def _benchmark(
             bar.update()
     errors: dict[str, float] = {}
     for name, run in list(runners.items()):
-        result = torch.as_tensor(np.asarray(run()))
+        result = torch.as_tensor(np.asarray(_first(run())))
         errors[name] = deviation(result, expected)
         if not errors[name] < TOLERANCE:
             runners.pop(name)
@@ -266,6 +267,11 @@ def _version(runtime: str) -> str:
 def _unfused(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
     compiled = compile_model(model, x, threads=threads, fuse=False)
     return lambda: compiled(x)
+
+
+def _first(outputs: Any) -> Any:
+    """The first output, which all runtimes have."""
+    return pytree.tree_leaves(outputs)[0]
 
 
 def _eager(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:

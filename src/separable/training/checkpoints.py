@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,4 +102,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def steps_of(checkpoint: Path) -> int:
     """How many optimiser steps a checkpoint has seen."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    except (EOFError, OSError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"`out`: {str(checkpoint)!r} is damaged; put a copy of it in its place, or start again "
+            "in another folder"
+        ) from error

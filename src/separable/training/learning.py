@@ -98,7 +98,17 @@ class Learning(LightningModule):
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True)
 
     def record_loss(self, loss: Tensor) -> None:
-        """Log a training step's loss."""
+        """Log a training step's loss.
+
+        Raises:
+            ValueError: it is no number any more.
+        """
+        # on a GPU, looking means waiting for it
+        if (loss.device.type == "cpu" or self.global_step % 50 == 0) and not loss.isfinite():
+            raise ValueError(
+                f"the loss is {loss.item()} in step {self.global_step}: the training diverged; "
+                f"lower `lr` (={self.recipe.peak_lr:g}), or look for NaN in `data`"
+            )
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
 
 

@@ -123,6 +123,8 @@ def run(
         if place.resume and (place.folder / CONFIG).exists():
             check_config(place.folder, recipe, place.names)
         checkpoint = place.checkpoint
+        if checkpoint is not None:
+            steps_of(checkpoint)
     if recipe.channels_last and any(weight.ndim == 4 for weight in network.parameters()):
         network.to(memory_format=torch.channels_last)
     if recipe.compile:
