@@ -124,13 +124,17 @@ def test_what_is_converted_or_merged_already():
     assert again.report.plan.macs <= 0.6
 
 
-def test_a_file_without_a_bias(tmp_path):
+def test_a_file_that_someone_changed(tmp_path):
     slim = separable.apply(network(), plan(), INPUTS, progress=False)
     path = tmp_path / "slim.safetensors"
     separable.save(slim, path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for key, text in {"report": "{}", "aliases": "[]", "plan": "null"}.items():
+        save_file(tensors, path, {**metadata, key: text})
+        with pytest.raises(ValueError, match="no converted network that `save` wrote"):
+            separable.load(path, model=network())
     lost = next(name for name in tensors if name.startswith("2.") and name.endswith("bias"))
     del tensors[lost]
     save_file(tensors, path, metadata)

@@ -79,10 +79,10 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of another kind, or of another network.
     """
-    plan, extra, tensors = _read(path)
+    report, tensors = _read(path)
     result = copy.deepcopy(model)
     names = convolutions(result)
-    for row in plan.rows:
+    for row in report.plan.rows:
         if row.form is None:
             continue
         conv: Any = result.get_submodule(row.name) if row.name in names else None
@@ -108,11 +108,11 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
         raise ValueError(
             f"`path` (={os.fspath(path)!r}) holds another network than `model`: {error}"
         ) from error
-    result.report = Report(plan, **extra)  # type: ignore[assignment]
+    result.report = report  # type: ignore[assignment]
     return result
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Any], dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str]) -> tuple[Report, dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path` (={os.fspath(path)!r}) is no file")
     try:
@@ -122,11 +122,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Any], dict[str,
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         plan = Plan.from_json(metadata["plan"])
-        extra = json.loads(metadata["report"])
+        report = Report(plan, **json.loads(metadata["report"]))
         for name, source in json.loads(metadata["aliases"]).items():
             tensors[name] = tensors[source]
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`path` (={os.fspath(path)!r}) is no converted network that `save` wrote: {error}"
         ) from error
-    return plan, extra, tensors
+    return report, tensors
