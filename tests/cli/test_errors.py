@@ -1,6 +1,7 @@
 """Every way a command can be called wrongly: one line, exit code 2, and nothing written."""
 
 import shlex
+import warnings
 
 import pytest
 import torch
@@ -441,3 +442,16 @@ def test_an_error_is_one_line(typed, words, assets, monkeypatch):
     assert words in shown[0]
     assert "/src/separable" not in shown[0]
     assert files(assets) == before
+
+
+@pytest.mark.filterwarnings("default:too few")
+def test_a_warning_is_one_line():
+    @main.command("warns")
+    def warns():
+        warnings.warn("too few\n inputs", stacklevel=1)
+
+    try:
+        done = CliRunner().invoke(main, ["warns"])
+    finally:
+        del main.commands["warns"]
+    assert (done.exit_code, done.stderr) == (0, "Warning: too few inputs\n")

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,7 +53,9 @@ class Group(click.Group):
             return super().main(args, prog_name, VARIABLE)
         try:
             # without its standalone mode click raises, and returns the exit code of `--help`
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn  # type: ignore[assignment]
+                code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.Abort:
             sys.exit(INTERRUPTED)
         except click.ClickException as error:
@@ -67,6 +70,11 @@ class Group(click.Group):
 def _is_of_click(error: BaseException) -> bool:
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(raised).parent == Path(click.__file__).parent
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning in one line, without the place in the source that gave it."""
+    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str) -> NoReturn:

@@ -61,10 +61,18 @@ def explain(
 @click.argument("model")
 @input_size
 @output_format
-@click.option("--threads", type=_thread_counts, default="1", show_default=True, help="As in 1,2.")
+@click.option(
+    "--threads",
+    type=_thread_counts,
+    default="1",
+    metavar="COUNTS",
+    show_default=True,
+    help="As in 1,2.",
+)
 @click.option(
     "--against",
     type=_names,
+    metavar="NAMES",
     default=",".join(RUNTIMES),
     show_default=True,
     help="Other runtimes; those that are not installed are named.",
