@@ -471,7 +471,7 @@ def _rank_of_two(rank, port, path):
     refining.STEPS = 20
     model, inputs, _ = torch.load(path / "case.pt", weights_only=False)
     mine = list(inputs.split(16))[rank::2]
-    slim = separable.convert(model, mine, "macs=0.4", progress=False)
+    slim = separable.convert(model, mine, "macs=0.45", progress=False)
     torch.save((slim.report.plan.to_json(), slim.state_dict()), path / f"{rank}.pt")
 
     def search():
@@ -500,7 +500,7 @@ def test_two_processes_find_what_one_does(model, inputs, tmp_path):
     inputs = inputs.double()
     torch.save((model, inputs, None), tmp_path / "case.pt")
     multiprocessing.spawn(_rank_of_two, (port, tmp_path), nprocs=2)
-    alone = separable.convert(model, list(inputs.split(16)), "macs=0.4", progress=False)
+    alone = separable.convert(model, list(inputs.split(16)), "macs=0.45", progress=False)
     for rank in (0, 1):
         text, state = torch.load(tmp_path / f"{rank}.pt")
         rows = separable.Plan.from_json(text).rows
