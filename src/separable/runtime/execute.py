@@ -279,10 +279,7 @@ class Program:
         outputs: Sequence[torch.Tensor | None],
     ) -> None:
         assert step.node is not None
-        sources = step.node.inputs
-        target = step.node.attributes["target"]
-        schema = getattr(target, "_schema", None)
-        writes = schema is not None and schema.is_mutable
+        sources, attributes = step.node.inputs, step.node.attributes
         tensors = [frame.arena, frame.weights, *inputs, *outputs]
 
         def look(place: Place) -> torch.Tensor:
@@ -293,23 +290,18 @@ class Program:
         def value(operand: Operand) -> Any:
             node = sources[operand.number]
             if node in step.operands:
-                tensor = look(step.operands[node])
-                if "as_strided" in str(target):  # counts floats in memory as torch has it
-                    return tensor.contiguous()
-                # Its memory may have other names, which a write in place must not reach.
-                return tensor.clone() if writes else tensor
+                return attributes["handed"](look(step.operands[node]))
             if node.kind == "constant":
                 return node.attributes["recipe"]()
             if node.kind == "input":
                 return inputs[self._input_numbers[node]]
             return frame.values[node]
 
-        attributes = step.node.attributes
         arguments, named = pytree.tree_map_only(
             Operand, value, (attributes["arguments"], attributes["named"])
         )
         with torch.no_grad():
-            result = target(*arguments, **named)
+            result = attributes["target"](*arguments, **named)
             if step.output is not None:
                 look(step.output).copy_(result)
             else:  # nothing may point into the arena, which is used again

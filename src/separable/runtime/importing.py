@@ -95,7 +95,7 @@ class _Importer:
             return value
         if isinstance(value, Node) and value.kind == "torch":
             return value
-        known = Node("torch", None, [], {"target": _given, "arguments": (value,), "named": {}})
+        known = Node("torch", None, [], _torch_call(_given, (value,), {}, _given))
         if isinstance(value, Node):
             known.inputs, known.attributes["arguments"] = [value], (Operand(0),)
         self.add(known, "")
@@ -165,7 +165,7 @@ class _Importer:
             "torch",
             tuple(meta.shape) if _is_float(meta) else None,
             inputs,
-            {"target": node.target, "arguments": arguments, "named": named},
+            _torch_call(node.target, arguments, named, _handed_over(node)),
         )
         if _is_view(node) or (_is_item(node) and self.views.intersection(inputs)):
             self.views.add(result)
@@ -206,6 +206,21 @@ class _Importer:
 
 def _given(value: Any) -> Any:
     return value
+
+
+def _torch_call(
+    target: Any, arguments: Any, named: Any, handed: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """The attributes of a `"torch"` node."""
+    return {"target": target, "arguments": arguments, "named": named, "handed": handed}
+
+
+def _handed_over(node: torch.fx.Node) -> Callable[[Any], Any]:
+    """What an operator that torch runs is given of a tensor in our memory."""
+    if "as_strided" in str(node.target):  # counts floats in memory as torch has it
+        return torch.Tensor.contiguous
+    # Its memory may have other names, which a write in place must not reach.
+    return torch.Tensor.clone if _writes(node) else _given
 
 
 def _is_view(node: torch.fx.Node) -> bool:

@@ -90,9 +90,6 @@ def exported_weights(
     signature = program.graph_signature
     recipes: dict[str, Callable[[], torch.Tensor]] = {}
 
-    def read(placeholder: str, holder: Mapping[Any, Any], name: str) -> None:
-        recipes[placeholder] = weights.add(holder, name)
-
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for placeholder, name in named.items():
         path, _, leaf = name.rpartition(".")
@@ -102,10 +99,10 @@ def exported_weights(
             owner = model
         for holder in (owner._parameters, owner._buffers):
             if holder.get(leaf) is not None:
-                read(placeholder, holder, leaf)
+                recipes[placeholder] = weights.add(holder, leaf)
                 break
         else:
-            read(placeholder, program.state_dict, name)
+            recipes[placeholder] = weights.add(program.state_dict, name)
     for placeholder, name in signature.inputs_to_lifted_tensor_constants.items():
-        read(placeholder, program.constants, name)
+        recipes[placeholder] = weights.add(program.constants, name)
     return recipes

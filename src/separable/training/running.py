@@ -123,8 +123,7 @@ def run(
         if place.resume and (place.folder / CONFIG).exists():
             check_config(place.folder, recipe, place.names)
         checkpoint = place.checkpoint
-        if checkpoint is not None:
-            steps_of(checkpoint)
+    done = 0 if checkpoint is None else steps_of(checkpoint)
     if recipe.channels_last and any(weight.ndim == 4 for weight in network.parameters()):
         network.to(memory_format=torch.channels_last)
     if recipe.compile:
@@ -137,7 +136,7 @@ def run(
                 "`sync_batchnorm` (=True) needs GPUs, and this trains on the CPU; leave it out"
             )
         if place is not None:  # from here on files are written
-            trainer.loggers = _loggers(place, checkpoint, recipe)
+            trainer.loggers = _loggers(place, done, recipe)
         if place is not None and trainer.is_global_zero:
             place.folder.mkdir(parents=True, exist_ok=True)
             write_config(place.folder, recipe, place.names)
@@ -221,8 +220,7 @@ def _trainer(
     )
 
 
-def _loggers(place: Place, checkpoint: Path | None, recipe: Recipe) -> list[Logger]:
-    done = 0 if checkpoint is None else steps_of(checkpoint)
+def _loggers(place: Place, done: int, recipe: Recipe) -> list[Logger]:
     events = tensorboard_logger(place.folder, recipe.tensorboard)
     return [csv_logger(place.folder, done), *([] if events is None else [events])]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..emit.expression import ACTIVATIONS, Expression, operand
-from ..graph import Node, constant
-from .registry import LOWERINGS, Lowered, elementwise, lowers, shape_of
+from ..graph import Node
+from .registry import LOWERINGS, Lowered, along_channels, elementwise, lowers, shape_of
 
 
 def _activation(name: str) -> Callable[..., Lowered]:
@@ -86,8 +86,6 @@ def _add_product(x: Node, y: Node, z: Node, value: float = 1) -> Lowered:
 def _prelu(x: Node, slope: Node) -> Lowered:
     if slope.kind != "constant":
         return None
-    shape = (-1, *[1] * (len(shape_of(x)) - 2))
-    recipe = slope.attributes["recipe"]
-    slopes = constant(lambda: recipe().reshape(shape), (shape_of(slope)[0], *shape[1:]))
+    slopes = along_channels(slope, len(shape_of(x)))
     below = ("mul", ("min", operand(0), 0.0), operand(1))
     return elementwise(("add", ("max", operand(0), 0.0), below), x, slopes)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from ..emit.expression import operand
 from ..graph import Node, constant
-from .registry import Lowered, elementwise, lowers, pair, shape_of, view
+from .registry import (
+    Lowered,
+    along_channels,
+    elementwise,
+    lowers,
+    on_a_row,
+    pair,
+    shape_of,
+    view,
+)
 from .sampling import padded
 
 
@@ -36,10 +44,8 @@ def _conv(
         recipe = weight.attributes["recipe"]
         out, inner, k = shape_of(weight)
         weight = constant(lambda: recipe().unsqueeze(2), (out, inner, 1, k))
-        stride, padding, dilation = (
-            (fill, *([value] if isinstance(value, int) else value))
-            for fill, value in ((1, stride), (0, padding), (1, dilation))
-        )
+        stride, padding = on_a_row(1, stride), on_a_row(0, padding)
+        dilation = on_a_row(1, dilation)
     n, c, h, w = shape_of(x)
     out, inner, kh, kw = shape_of(weight)
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
@@ -215,15 +221,9 @@ def _group_norm(
     node = view(view(node, "permute", (n, c, pixels), order=(0, 2, 1)), "reshape", (n, c, *size))
     for kind, parameter in (("mul", weight), ("add", bias)):
         if parameter:
-            whole = constant(partial(_along_channels, parameter, len(size)), (c, *[1] * len(size)))
+            whole = along_channels(parameter, len(shape_of(x)))
             node = elementwise((kind, operand(0), operand(1)), node, whole)
     return node
-
-
-def _along_channels(parameter: Node, axes: int) -> torch.Tensor:
-    """One number per channel, in front of so many other axes."""
-    value: torch.Tensor = parameter.attributes["recipe"]()
-    return value.reshape(-1, *[1] * axes)
 
 
 @lowers("softmax.int", "_softmax.default")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..emit.expression import Expression
-from ..graph import Node
+from ..graph import Node, constant
 
 Lowered = Node | tuple[Node, ...] | None
 LOWERINGS: dict[str, Callable[..., Lowered]] = {}
@@ -40,6 +40,18 @@ def shape_of(x: Node) -> tuple[int, ...]:
     """The shape of a float32 tensor."""
     assert x.shape is not None
     return x.shape
+
+
+def on_a_row(fill: int, value: int | Sequence[int]) -> tuple[int, int]:
+    """An argument for the one axis of a sequence, as one for an image of height 1."""
+    return (fill, value if isinstance(value, int) else value[0])
+
+
+def along_channels(parameter: Node, rank: int) -> Node:
+    """A constant of one number per channel, to broadcast over tensors `[N, C, ...]`."""
+    shape = (shape_of(parameter)[0], *[1] * (rank - 2))
+    recipe = parameter.attributes["recipe"]
+    return constant(lambda: recipe().reshape(shape), shape)
 
 
 def pair(value: int | Sequence[int], default: Sequence[int] = ()) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..emit.expression import operand
 from ..graph import Node
-from .registry import Lowered, elementwise, lowers, pair, shape_of, view
+from .registry import Lowered, elementwise, lowers, on_a_row, pair, shape_of, view
 
 
 @lowers("max_pool2d.default")
@@ -86,7 +86,7 @@ def _adaptive_max_pool(x: Node, size: Any) -> Lowered:
     return (node,) if isinstance(node, Node) else None
 
 
-def _on_a_row(pool: Callable[..., Lowered], x: Node, *arguments: Any) -> Lowered:
+def _of_a_row(pool: Callable[..., Lowered], x: Node, *arguments: Any) -> Lowered:
     """A pool of sequences `[N, C, L]` as one of images of height 1."""
     if len(shape_of(x)) != 3:
         return None
@@ -104,9 +104,8 @@ def _max_pool_1d(
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Lowered:
-    (k, _), (p, _), (d, _) = pair(kernel), pair(padding), pair(dilation)
-    s, _ = pair(stride, (k,))
-    return _on_a_row(_max_pool, x, (1, k), (1, s), (0, p), (1, d), ceil_mode)
+    window = on_a_row(1, kernel), on_a_row(1, stride or kernel), on_a_row(0, padding)
+    return _of_a_row(_max_pool, x, *window, on_a_row(1, dilation), ceil_mode)
 
 
 @lowers("avg_pool1d.default")
@@ -118,14 +117,13 @@ def _avg_pool_1d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Lowered:
-    (k, _), (p, _) = pair(kernel), pair(padding)
-    s, _ = pair(stride, (k,))
-    return _on_a_row(_avg_pool, x, (1, k), (1, s), (0, p), ceil_mode, count_include_pad)
+    window = on_a_row(1, kernel), on_a_row(1, stride or kernel), on_a_row(0, padding)
+    return _of_a_row(_avg_pool, x, *window, ceil_mode, count_include_pad)
 
 
 @lowers("adaptive_avg_pool1d.default")
 def _adaptive_avg_pool_1d(x: Node, size: Any) -> Lowered:
-    return _on_a_row(_adaptive_avg_pool, x, (1, pair(size)[0]))
+    return _of_a_row(_adaptive_avg_pool, x, on_a_row(1, size))
 
 
 @lowers("mean.dim")
@@ -168,7 +166,7 @@ def _upsample_1d(x: Node, size: Any, *rest: Any) -> Lowered:
     *align, factors = rest
     wide = [1, *size] if size else None
     scales = (1.0, *factors) if factors else None
-    return _on_a_row(_upsample, x, wide, *align, scales)
+    return _of_a_row(_upsample, x, wide, *align, scales)
 
 
 @lowers("upsample_bilinear2d.vec", "upsample_nearest2d.vec")
