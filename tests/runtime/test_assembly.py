@@ -81,14 +81,26 @@ STEM = Conv(
     x_strides=(150528, 672, 3, 1),
     y_strides=(401408, 3584, 32),
 )
+PLANES = replace(  # of a contiguous image
+    STEM,
+    channels=(3, 64),
+    kernel=(7, 7),
+    padding=(3, 3),
+    x_strides=(150528, 224, 1, 50176),
+    y_strides=(802816, 7168, 64),
+)
 CONVOLUTIONS = {
     "stem": STEM,
+    "stem-of-planes": PLANES,
+    "stem-3x3-of-planes": replace(PLANES, kernel=(3, 3), padding=(1, 1)),
     "pointwise": pointwise(96, 576, 196),
+    "pointwise-short": pointwise(24, 144, 3136),
     "pointwise-long": pointwise(1024, 1024, 49),
     "pointwise-narrow": pointwise(64, 24, 784),
     "one-pixel": pointwise(1280, 1000, 1),
     "3x3": dense(64, 56),
     "3x3-long": dense(256, 14),
+    "3x3-deep": dense(512, 7),
 }
 
 

@@ -11,8 +11,10 @@ from .machine import Machine
 _TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the others
 _HEAVY = 2  # times the pixels: weights that are better shared out
 # Cycles per load, per cache line of weights that comes from the L2 cache, and per byte and vector
-# of outputs that leave it in parts: measured on a CPU with two multiply-adds a cycle.
-_LOAD, _LINE, _PART = 0.1, 0.6, 0.2
+# of outputs that leave it in parts, and the share of time for weights that come from beyond it:
+# measured with vectors of 16 on a CPU with two multiply-adds a cycle.
+_LOAD, _LINE, _PART, _FAR = 0.1, 0.6, 0.2, 0.3
+_PORT = 0.56  # cycles per load, at least
 
 
 def choose_tile(does: Description, machine: Machine, threads: int) -> ConvTile | WindowTile | None:
@@ -49,7 +51,7 @@ def choose_conv_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 
         cost = block_cycles(conv, machine, even_sizes(conv.size[1], pixels), vectors)
         # What does not stay in the cache goes to memory a panel of each pixel at a time.
         if vectors < total and conv.groups * written > threads * machine.l2 // 2:
-            cost += _PART * written / rows / vectors
+            cost += _seen(machine) * _PART * written / rows / vectors
         return cost, -vectors
 
     pixels, vectors = min(candidates, key=cycles)
@@ -105,8 +107,9 @@ def _fits(conv: Conv, pixels: int, vectors: int, machine: Machine) -> bool:
     if pixels == 1 and not conv.small:
         return vectors + 2 <= machine.registers
     weights = conv.channels[0] + 1 if conv.small else vectors
-    # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast.
-    spare = 2 * (machine.registers == 32)
+    # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast. With 16,
+    # it does where there is no loop over channels.
+    spare = 2 if machine.registers == 32 else int(conv.x_strides[3] != 1)
     taken = pixels * vectors + weights + 1 + (not machine.fma) + spare
     return taken <= machine.registers
 
@@ -120,18 +123,24 @@ def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -
     for m, count in _counts(sizes):
         for n, panels in _counts(even_sizes(total, vectors)):
             # Two multiply-adds a cycle, and four cycles until a sum can be added to.
-            step = max(arithmetic * m * n + _LOAD * (m + n), 4.0)
+            step = arithmetic * m * n + _seen(machine) * _LOAD * (m + n)
+            step = max(step, _PORT * (m + n), 4.0)
             if 4 * (machine.width * n + m) * conv.depth > machine.l1:
-                step += _LINE * n * machine.width / LINE
+                step += _seen(machine) * _LINE * n * machine.width / LINE
             # While a panel is read, the one behind it is fetched: both are to stay in the L2 cache.
             if 8 * machine.width * n * conv.depth > 0.75 * machine.l2:
-                step *= 1.3
+                step *= 1 + _seen(machine) * _FAR
             # Long sums hide the start and the epilogue of a block, short ones do not.
             cycles += count * panels * (step * conv.depth + 2 * m * n + 10)
     # Pixels a page apart fall into the same cache set, which holds eight lines at most.
     if conv.x_strides[2] % PAGE == 0 and max(sizes) > 4:
         cycles *= 1.5
     return cycles
+
+
+def _seen(machine: Machine) -> float:
+    """The share of loads that arithmetic does not hide: it takes longer in narrow vectors."""
+    return (machine.width / 16) ** 2
 
 
 def _counts(sizes: list[int]) -> list[tuple[int, int]]:

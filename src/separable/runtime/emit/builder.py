@@ -249,6 +249,11 @@ class Builder:
         """Keep loads and stores on their side of it; no instruction comes of it."""
         self.ir.fence("acq_rel", "singlethread")
 
+    def after(self, value: Value, pointer: Value) -> Value:
+        """The same pointer, of which LLVM knows nothing until it has the value."""
+        signature = ir.FunctionType(pointer.type, [pointer.type, value.type])
+        return self.ir.asm(signature, "", "=r,0,x", [pointer, value], side_effect=False)
+
     def load_scalar(self, pointer: Value) -> Value:
         """Load one float."""
         return self.ir.load(pointer, typ=F32, align=4)

@@ -14,7 +14,7 @@ from .builder import Builder, Index, Value
 from .tiling import LINE
 
 _CHAIN = 256  # products added up in one go; rounding errors grow with the root of the length
-_FEW = 12  # accumulators: the registers hold what several channels need beside them
+_FEW = 3 / 8  # of the registers are accumulators: the others hold what several channels need
 _SHORT = 16  # channels: too few for the loop around them to matter
 
 
@@ -71,9 +71,12 @@ def add(
     pixel, step = products.x_strides
     lanes = vectors * b.width
     unroll = min(depth, 3 if depth % 3 == 0 and depth % 4 else 4)
-    many = (high - low) * vectors > _FEW
-    if not b.machine.fma or (many and (b.machine.registers < 32 or depth < _SHORT)):
+    many = (high - low) * vectors > _FEW * b.machine.registers
+    scarce = many and b.machine.registers < 32
+    if not b.machine.fma or (scarce and vectors == 1) or (many and not scarce and depth < _SHORT):
         unroll = 1
+    elif scarce:
+        unroll = min(unroll, 2)
     distance, turn, turns = ahead
     fetched = 0
     if turns > 1 and depth > 4:
@@ -83,7 +86,10 @@ def add(
         following = b.at(products.weights, b.mul(turn, fetched * depth), distance)
 
     def one(x: Value, weights: Value, sums: list[Value]) -> list[Value]:
-        if many:  # LLVM would load what several channels need at once, and run out of registers
+        # LLVM would load what several channels need at once, and run out of registers.
+        if scarce:
+            x, weights = (b.after(sums[-1], pointer) for pointer in (x, weights))
+        elif many:
             b.fence()
         columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
         result = list(sums)
