@@ -14,7 +14,7 @@ _HEAVY = 2  # times the pixels: weights that are better shared out
 # of outputs that leave it in parts, and the share of time for weights that come from beyond it:
 # measured with vectors of 16 on a CPU with two multiply-adds a cycle.
 _LOAD, _LINE, _PART, _FAR = 0.1, 0.6, 0.2, 0.3
-_PORT = 0.56  # cycles per load, at least
+_PORT = 0.53  # cycles per load, at least
 
 
 def choose_tile(does: Description, machine: Machine, threads: int) -> ConvTile | WindowTile | None:
