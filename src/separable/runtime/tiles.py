@@ -51,7 +51,9 @@ def choose_conv_tile(conv: Conv, machine: Machine, threads: int, vectors: int = 
         cost = block_cycles(conv, machine, even_sizes(conv.size[1], pixels), vectors)
         # What does not stay in the cache goes to memory a panel of each pixel at a time.
         if vectors < total and conv.groups * written > threads * machine.l2 // 2:
-            cost += _seen(machine) * _PART * written / rows / vectors
+            part = _PART * written / rows / vectors
+            split = vectors * machine.width % LINE > 0  # the next part touches this one's last line
+            cost += _seen(machine) * part * (1 + split)
         return cost, -vectors
 
     pixels, vectors = min(candidates, key=cycles)
