@@ -17,7 +17,7 @@ def row(result: dict[str, Any]) -> list[str]:
     timings = {t["runtime"]: t for t in result["timings"] if t["median"]}
     own = timings.pop(OWN)
     best = min(timings.values(), key=lambda t: t["median"])
-    eager = timings["eager"]["median"] / own["median"]
+    eager = timings.get("eager")
     return [
         result["network"].partition(":")[2],
         str(result["input_size"][0]),
@@ -26,7 +26,7 @@ def row(result: dict[str, Any]) -> list[str]:
         f"{best['median']:.2f} ({best['low']:.2f} to {best['high']:.2f})",
         best["runtime"],
         f"{best['median'] / own['median']:.2f}x",
-        f"{eager:.1f}x",
+        f"{eager['median'] / own['median']:.1f}x" if eager else "",
         f"{peak_share(result, own):.0%}",
     ]
 

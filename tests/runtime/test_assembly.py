@@ -10,7 +10,7 @@ import pytest
 
 from separable.runtime import jit
 from separable.runtime.emit import driver
-from separable.runtime.emit.conv import Conv
+from separable.runtime.emit.conv import Conv, ConvTile
 from separable.runtime.emit.kernel import Description, Kernel
 from separable.runtime.emit.window import Window
 from separable.runtime.machine import Machine, with_vectors_of
@@ -156,6 +156,15 @@ def test_inner_loops_of_convolutions_do_not_spill(does: Conv, machine: Foreign) 
         ], "\n".join(loop)
         if machine.triple == X86:
             assert any(register in line for line in loop)
+
+
+@pytest.mark.parametrize("does", [dense(256, 14), dense(512, 7), pointwise(512, 1024, 49)])
+def test_vectors_share_the_pixels_they_load(does: Conv) -> None:
+    # A load per multiply-add is more than a CPU does in a cycle, wherever the weights come from.
+    machine = replace(CPUS["avx2"](), l1=32 << 10, l2=512 << 10)
+    tile = choose_tile(does, machine, 1)
+    assert isinstance(tile, ConvTile)
+    assert tile.vectors > 1
 
 
 def test_other_kernels_compile(machine: Foreign) -> None:

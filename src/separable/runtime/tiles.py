@@ -11,8 +11,8 @@ from .machine import Machine
 _TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the others
 _HEAVY = 2  # times the pixels: weights that are better shared out
 # Cycles per load, per cache line of weights that comes from the L2 cache, and per byte and vector
-# of outputs that leave it in parts, and the share of time for weights that come from beyond it:
-# measured with vectors of 16 on a CPU with two multiply-adds a cycle.
+# of outputs that leave it in parts, and what weights from beyond it add to a cycle: measured with
+# vectors of 16 on a CPU with two multiply-adds a cycle.
 _LOAD, _LINE, _PART, _FAR = 0.1, 0.6, 0.2, 0.3
 _PORT = 0.53  # cycles per load, at least
 
@@ -109,8 +109,8 @@ def _fits(conv: Conv, pixels: int, vectors: int, machine: Machine) -> bool:
     if pixels == 1 and not conv.small:
         return vectors + 2 <= machine.registers
     weights = conv.channels[0] + 1 if conv.small else vectors
-    # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast. With 16,
-    # it does where there is no loop over channels.
+    # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast. With
+    # 16, it does where there is no loop over channels.
     spare = 2 if machine.registers == 32 else int(conv.x_strides[3] != 1)
     taken = pixels * vectors + weights + 1 + (not machine.fma) + spare
     return taken <= machine.registers
@@ -141,7 +141,10 @@ def block_cycles(conv: Conv, machine: Machine, sizes: list[int], vectors: int) -
 
 
 def _seen(machine: Machine) -> float:
-    """The share of loads that arithmetic does not hide: it takes longer in narrow vectors."""
+    """The share of loads that arithmetic does not hide, which takes longer in narrow vectors.
+
+    A quarter with vectors of 8, as measured on Zen 3.
+    """
     return (machine.width / 16) ** 2
 
 
