@@ -70,13 +70,13 @@ def add(
     depth, vectors = products.depth, products.vectors
     pixel, step = products.x_strides
     lanes = vectors * b.width
-    unroll = min(depth, 3 if depth % 3 == 0 and depth % 4 else 4)
     many = (high - low) * vectors > _FEW * b.machine.registers
     scarce = many and b.machine.registers < 32
-    if not b.machine.fma or (scarce and vectors == 1) or (many and not scarce and depth < _SHORT):
+    unroll = min(depth, 3 if depth % 3 == 0 and depth % 4 else 4)
+    if scarce:
+        unroll = min(unroll, 2 if vectors > 1 else 1)
+    if not b.machine.fma or (many and not scarce and depth < _SHORT):
         unroll = 1
-    elif scarce:
-        unroll = min(unroll, 2)
     distance, turn, turns = ahead
     fetched = 0
     if turns > 1 and depth > 4:
