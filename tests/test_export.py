@@ -35,7 +35,7 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def converted():
+def converted(hasty):
     inputs = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     return separable.convert(network(), inputs, "macs=0.5", progress=False)
 

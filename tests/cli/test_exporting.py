@@ -14,6 +14,8 @@ from separable.cli import main
 pytest.importorskip("torchvision", reason="needs the extra `zoo`")
 pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 MODEL = "separable:mobilenet_v1,conv=regular,width=0.125,num_classes=10"
 SIZE = "--input-size=1x3x32x32"
 

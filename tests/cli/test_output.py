@@ -57,7 +57,7 @@ COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:[349]|10)\d[\d;]*m")  # NO_COLOR leaves 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, hasty):
     """A folder with a network that prints, its weights and conversion, and images."""
     from safetensors.torch import save_file
 

@@ -15,6 +15,8 @@ from separable.cli import main
 pytest.importorskip("torchvision", reason="needs the extra `zoo`")
 pytest.importorskip("plotly", reason="needs the extra `report`")
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SOURCE = """
 from torch import nn
 

@@ -63,7 +63,7 @@ def test_wilson_interval_solves_its_definition(correct, total):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, digits):
+def told(tmp_path_factory, digits, hasty):
     out = tmp_path_factory.mktemp("told") / "new" / "folder"
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     with pytest.MonkeyPatch.context() as patch:

@@ -43,11 +43,11 @@ QUICK = {"repeats": 3, "min_seconds": 0.0, "threads": 1, "progress": False}
 
 
 @pytest.fixture(scope="session")
-def findings():
+def findings(few_steps):
     """With a conversion, a second point of the frontier, and labels."""
     model = network()
     # or the runtime would join all of so small a network, and no layer had a time of its own
-    with pytest.MonkeyPatch.context() as patch:
+    with few_steps(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("separable.runtime.fusing._LONGEST", 3)
         return separable.report(
             model,

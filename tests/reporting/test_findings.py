@@ -19,7 +19,7 @@ SIZE = (1, 3, 12, 12)
 
 
 @pytest.fixture(scope="module")
-def converted():
+def converted(hasty):
     return separable.convert(
         network().eval(), images(), "macs=0.5", seed=3, example=torch.zeros(SIZE), progress=False
     )
