@@ -32,9 +32,11 @@ CACHE = Path("runs/train")
 OUT = Path("benchmarks/results/train.json")
 CALIBRATION = 512
 TEST = 20_000  # cluttered images: a tenth of a point is to be seen
+VIEWS = 4  # shifted copies that the teacher's outputs are averaged over, in the second distillation
 # the reader of the digit sets is the same small MobileNetV1 in both forms
 NARROW = {"width": 0.25, "num_classes": 10, "in_channels": 1, "stem_stride": 1}
 FORMS = ("regular", "separable")
+STAGES = ("original", "converted", "distilled", "viewed")
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -57,38 +59,43 @@ def converted(name: str, dataset: str, seed: int, fold: float) -> tuple[nn.Modul
 
 
 def distilled(name: str, dataset: str, seed: int, fold: float) -> dict[str, Any]:
-    """One pass over the training inputs, without their labels, at the default recipe."""
+    """One pass over the training inputs, without their labels: as is, and with views."""
     inputs, _, test, labels = data.load(dataset, test=TEST)
     model, slim = converted(name, dataset, seed, fold)
-    result = finetune(slim, teacher=model, data=inputs, seed=seed, progress=False)
-    original, before, after = (
-        networks.accuracy(net, test, labels) for net in (model, slim, result)
-    )
-    row = {
+    row: dict[str, Any] = {
+        **versions(),
         "network": name,
         "data": dataset,
         "seed": seed,
         "fold": fold,
-        "original": original,
-        "converted": before,
-        "distilled": after,
+        "views": VIEWS,
+        "original": networks.accuracy(model, test, labels),
+        "converted": networks.accuracy(slim, test, labels),
         "kl_converted": divergence(slim, model, test.split(256)),
-        "kl_distilled": divergence(result, model, test.split(256)),
-        "steps": result.run.steps,
-        "seconds": result.run.seconds,
     }
-    print(
-        f"{name} {dataset} {seed} {fold:g}x: {original:.2f} -> {before:.2f} -> {after:.2f} %, "
-        f"KL {row['kl_converted']:.4f} -> {row['kl_distilled']:.4f}",
-        flush=True,
-    )
+    for kind, views in (("distilled", 0), ("viewed", VIEWS)):
+        result = finetune(slim, teacher=model, data=inputs, views=views, seed=seed, progress=False)
+        row |= {
+            kind: networks.accuracy(result, test, labels),
+            f"kl_{kind}": divergence(result, model, test.split(256)),
+            f"seconds_{kind}": result.run.seconds,
+            "steps": result.run.steps,
+        }
+    print(f"{name} {dataset} {seed} {fold:g}x:", end="")
+    print(*(f" {kind} {row[kind]:.2f} %" for kind in STAGES), flush=True)
     return row
 
 
 def distillation_table(rows: list[dict[str, Any]]) -> PrettyTable:
-    """Points below the original, before and after, per data set, network and budget."""
+    """Points below the original, before and after, per data set, network and budget.
+
+    Views are left out where they were not measured.
+    """
     table = PrettyTable(
-        ["data", "budget", "network", "original", "lost, converted", "lost, distilled", "KL"]
+        [
+            *("data", "budget", "network", "original", "lost, converted", "lost, distilled"),
+            *("lost, with views", "KL"),
+        ]
     )
     for dataset, fold in sorted({(r["data"], r["fold"]) for r in rows}, key=str):
         here = [r for r in rows if (r["data"], r["fold"]) == (dataset, fold)]
@@ -98,15 +105,13 @@ def distillation_table(rows: list[dict[str, Any]]) -> PrettyTable:
             def mean(key: str, of: list[dict[str, Any]] = mine) -> float:
                 return statistics.mean(r[key] for r in of)
 
-            lost = {
-                k: mean_and_spread([r["original"] - r[k] for r in mine])
-                for k in ("converted", "distilled")
-            }
+            stages = [k for k in STAGES[1:] if all(k in r for r in mine)]
+            lost = {k: mean_and_spread([r["original"] - r[k] for r in mine]) for k in stages}
             table.add_row(
                 [
                     *(dataset, f"1/{fold:g}", name, f"{mean('original'):.2f} %"),
-                    *lost.values(),
-                    f"{mean('kl_converted'):.4f} to {mean('kl_distilled'):.4f}",
+                    *(lost.get(k, "") for k in STAGES[1:]),
+                    ", ".join(f"{mean(f'kl_{k}'):.4f}" for k in stages),
                 ]
             )
     return table
@@ -124,6 +129,7 @@ def trained_form(conv: str, dataset: str, seed: int, epochs: int) -> dict[str, A
     correct = count_correct(result, test, test_labels)
     account = separable.count(model, (1, *inputs.shape[1:]))
     row = {
+        **versions(),
         "form": conv,
         "data": dataset,
         "seed": seed,
@@ -251,10 +257,15 @@ def record(part: str, value: Any) -> None:
 
 
 def _kept(part: str, again: set[tuple[Any, ...]], *keys: str) -> list[dict[str, Any]]:
-    """The recorded rows of a part, without those that are measured again."""
+    """The recorded rows of a part, each with its versions, without those measured again."""
     recorded = json.loads(OUT.read_text()) if OUT.exists() else {}
-    rows = recorded.get(part, {}).get("rows", [])
-    return [row for row in rows if tuple(row[key] for key in keys) not in again]
+    part_of = recorded.get(part, {})
+    held_for = {key: part_of[key] for key in versions() if key in part_of}
+    return [
+        {**held_for, **row}
+        for row in part_of.get("rows", [])
+        if tuple(row[key] for key in keys) not in again
+    ]
 
 
 def show(table: PrettyTable) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
-from separable.training import train
+from separable.training import finetune, train
 from separable.training.records import read_metrics
 
 from .networks import blobs, net, same, seeded
@@ -126,6 +126,55 @@ def test_from_every_step(tmp_path, steps, options):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_distillation_from_the_middle_of_an_epoch(tmp_path, batch_norm):
+    teacher, inputs = seeded(net), blobs()[0]
+
+    class Broken(torch.nn.Module):
+        left = 3
+
+        def forward(self, input):
+            if torch.is_grad_enabled():
+                if Broken.left == 0:
+                    raise RuntimeError("killed")
+                Broken.left -= 1
+            return input
+
+    options = {
+        "features": 0.0, "batch_norm": batch_norm, "batch_size": 8, "checkpoint_every": 1,
+        "progress": False, "data": inputs, "views": 2,
+    }  # fmt: skip
+    pair = (torch.nn.Sequential(seeded(net, seed=n), torch.nn.Identity()) for n in (1, 0))
+    student, teacher = pair
+    whole = finetune(student, teacher=teacher, out=tmp_path / "whole", **options)
+    broken = torch.nn.Sequential(student[0], Broken())
+    with pytest.raises(RuntimeError, match="killed"):
+        finetune(broken, teacher=teacher, out=tmp_path / "run", **options)
+    Broken.left = -1
+    result = finetune(broken, teacher=teacher, out=tmp_path / "run", resume=True, **options)
+    assert same(result, whole)
+    assert result.run.steps == 6
+
+
+def test_killed_in_the_last_validation(tmp_path):
+    class Fragile(torch.nn.Module):
+        breaks = True
+
+        def forward(self, input):
+            if Fragile.breaks and not self.training and len(input) == 5:
+                raise RuntimeError("killed")
+            return input
+
+    network = torch.nn.Sequential(seeded(net), Fragile())  # 5 of 48 are held out
+    options = {**OPTIONS, "epochs": 1, "checkpoint_every": 1, "out": tmp_path}
+    with pytest.raises(RuntimeError, match="killed"):
+        train(network, blobs(), **options)
+    Fragile.breaks = False
+    result = train(network, blobs(), resume=True, **options)
+    assert "val_accuracy" in result.run.metrics
+    assert (tmp_path / "best.safetensors").exists()
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     first = train(seeded(net), blobs(), out=tmp_path, **OPTIONS)
     again = train(seeded(net, seed=1), blobs(), out=tmp_path, resume=True, **OPTIONS)
@@ -138,6 +187,12 @@ def test_another_recipe_is_refused_but_another_machine_is_not(tmp_path):
         train(seeded(net), blobs(), out=tmp_path, resume=True, lr=0.3, **OPTIONS)
     with pytest.raises(ValueError, match="`model` "):
         train(torch.nn.Linear(2, 2), blobs(), out=tmp_path, resume=True, **OPTIONS)
+    shown = r"`validation_data` \(='tuple'\) was None when the run in"
+    with pytest.raises(ValueError, match=shown):
+        train(seeded(net), blobs(), validation_data=blobs(), out=tmp_path, resume=True, **OPTIONS)
+    wider = torch.nn.Sequential(seeded(net, classes=4), torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"`resume`: the weight '0.7.weight' was \[3, 6\] when"):
+        train(wider, blobs(), out=tmp_path, resume=True, **OPTIONS)
     network = torch.nn.Sequential(seeded(net), torch.nn.Identity())
     result = train(network, blobs(), out=tmp_path, resume=True, workers=1, **OPTIONS)
     assert result.run.steps == 10
@@ -159,6 +214,19 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    def interrupted(content, file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")  # as torch's writer, when it is closed too early
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(seeded(net), blobs(), out=tmp_path, **OPTIONS)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_a_damaged_checkpoint_is_named(tmp_path, content):
     begun(tmp_path, 3)
@@ -167,6 +235,33 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
     network = torch.nn.Sequential(seeded(net), torch.nn.Identity())
     with pytest.raises(ValueError, match=r"`out`: '.*last\.ckpt' is damaged"):
         train(network, blobs(), out=tmp_path, resume=True, **OPTIONS)
+
+
+def test_records_that_were_cut_do_not_stop_it(tmp_path):
+    begun(tmp_path, 3)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("0,")
+    (tmp_path / ".last.123.ckpt").write_bytes(b"half")
+    network = torch.nn.Sequential(seeded(net), torch.nn.Identity())
+    assert train(network, blobs(), out=tmp_path, resume=True, **OPTIONS).run.steps == 10
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="does not say how the run began"):
+        train(network, blobs(), out=tmp_path, resume=True, **OPTIONS)
+
+
+def test_under_slurm_nothing_lies_about_for_other_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "NTASKS": "1", "JOB_ID": "123", "JOB_NAME": "job", "PROCID": "0", "LOCALID": "0",
+        "NODEID": "0", "JOB_NODELIST": "localhost", "NTASKS_PER_NODE": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
+    handler = signal.getsignal(signal.SIGUSR1)
+    result = train(seeded(net), blobs(), out=tmp_path / "run", **OPTIONS)
+    assert result.run.steps == 10
+    assert signal.getsignal(signal.SIGUSR1) == handler
 
 
 def test_without_a_checkpoint_it_begins_anew(tmp_path):

@@ -189,6 +189,9 @@ def _configured(
     before = {} if config is None else read_config(config, [*own, *fields])
     given = {key: value for key, value in {**own, **options}.items() if value is not None}
     result = {**dict.fromkeys(own), **before, **given}
+    for key in own:
+        if not isinstance(result[key], str | None):
+            raise click.UsageError(f"--config: `{key}` (={result[key]!r}) must be a text")
     for key in needed:
         if result[key] is None:
             raise click.UsageError(f"--{key} is missing")

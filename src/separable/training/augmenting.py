@@ -13,19 +13,27 @@ SHARE = 0.125
 """of the size, the furthest shift"""
 
 
-def shifted(input: Tensor) -> Tensor:
-    """Move an input `[C, *spatial]` by up to an eighth of its size; its border repeats."""
-    for dim in range(1, input.dim()):
+def shifted(input: Tensor, leading: int = 1) -> Tensor:
+    """Move an input by up to an eighth of its size; its border repeats.
+
+    Args:
+        input: `[*leading, *spatial]`.
+        leading: dimensions that are no extents: 1 for `[C, *spatial]`, 2 for a batch, which is
+            moved as one.
+    """
+    input = torch.as_tensor(input)  # datasets may hold numpy's arrays
+    for dim in range(leading, input.dim()):
         size = input.shape[dim]
         most = round(SHARE * size)
         by = int(torch.randint(-most, most + 1, ()))
-        source = (torch.arange(size) - by).clamp(0, size - 1)
+        source = (torch.arange(size, device=input.device) - by).clamp(0, size - 1)
         input = input.index_select(dim, source)
     return input
 
 
 def flipped(input: Tensor) -> Tensor:
     """Mirror an input left to right, half the time."""
+    input = torch.as_tensor(input)
     return input.flip(-1) if torch.rand(()) < 0.5 else input
 
 

@@ -33,15 +33,9 @@ def outputs_of(network: nn.Module, input: Tensor, name: str) -> Tensor:
     """
     probe = copy.deepcopy(network).eval()
     parameter = next(network.parameters(), None)
-    batch = input[None] if parameter is None else input[None].to(parameter.device, parameter.dtype)
+    batch = input[None] if parameter is None else input[None].to(parameter.device)
     size = "x".join(map(str, input.shape))
-    try:
-        outputs = probe(batch)
-    except Exception as error:
-        words = " ".join(str(error).split())
-        raise ValueError(f"`{name}` rejects inputs of {size}: {words}") from error
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"`{name}` must return a tensor, not {type(outputs).__name__}")
+    outputs = _answer(probe, batch, f"`{name}` rejects inputs of {size}", name)
     stride = total_stride(probe, batch)
     if min(input.shape[1:], default=stride) < stride:
         raise ValueError(
@@ -49,6 +43,54 @@ def outputs_of(network: nn.Module, input: Tensor, name: str) -> Tensor:
             "give larger ones (`image_size`) or a network with a smaller stride"
         )
     return outputs
+
+
+def _answer(network: nn.Module, batch: Tensor, failure: str, name: str) -> Tensor:
+    try:
+        outputs: Any = network(batch)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{failure}: {words}") from error
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"`{name}` must return a tensor, not {type(outputs).__name__}")
+    return outputs
+
+
+@torch.no_grad()
+def check_training(network: nn.Module, input: Tensor, batch_size: int, name: str) -> None:
+    """Refuse a network that answers otherwise in training, or needs more inputs at once.
+
+    Args:
+        network: it is left as it was.
+        input: without the batch's dimension.
+        batch_size: inputs per pass.
+        name: the argument that the network came from.
+
+    Raises:
+        TypeError: it returns no tensor.
+        ValueError: it rejects the batch.
+    """
+    parameter = next(network.parameters(), None)
+    batch = torch.stack([input] * min(batch_size, 2))
+    batch = batch if parameter is None else batch.to(parameter.device)
+    failure = f"`{name}` rejects `batch_size` (={batch_size}) in training"
+    with torch.random.fork_rng(devices=[]):
+        _answer(copy.deepcopy(network).train(), batch, failure, name)
+
+
+def check_labels(labels: Any) -> Tensor:
+    """Return labels as int64.
+
+    Raises:
+        TypeError: they are not `[N]` whole numbers.
+    """
+    if isinstance(labels, Tensor):
+        if labels.ndim == 1 and not labels.is_floating_point() and not labels.is_complex():
+            return labels.long()
+        kind = f"{list(labels.shape)} of {labels.dtype}"
+    else:
+        kind = type(labels).__name__
+    raise TypeError(f"`data`: labels must be classes, [N] whole numbers, and not {kind}")
 
 
 def total_stride(network: nn.Module, input: Tensor) -> int:
@@ -77,19 +119,24 @@ def total_stride(network: nn.Module, input: Tensor) -> int:
     return max((max(large) // size for size in sizes if size), default=1)
 
 
-def check_classes(outputs: Tensor, classes: int | None) -> None:
+def check_classes(outputs: Tensor, classes: int | None, name: str) -> None:
     """Refuse a network with fewer outputs than the data has classes.
+
+    Args:
+        outputs: for one input.
+        classes: of the data; None if unknown.
+        name: the argument that the network came from.
 
     Raises:
         ValueError: so it is.
     """
     if outputs.ndim != 2:
         raise ValueError(
-            f"`model` returns {tuple(outputs.shape)} for one input; training with labels needs "
+            f"`{name}` returns {tuple(outputs.shape)} for one input; training with labels needs "
             "logits [N, classes]"
         )
     if classes is not None and outputs.shape[1] < classes:
         raise ValueError(
-            f"`model` has {outputs.shape[1]} outputs and `data` {classes} classes; build it with "
+            f"`{name}` has {outputs.shape[1]} outputs and `data` {classes} classes; build it with "
             f"as many, as in num_classes={classes}"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import save_file
@@ -18,6 +19,8 @@ from ..conversion import Report, save
 from ..writing import whole_file
 
 LAST, BEST = "last", "best"
+UNREADABLE = EOFError, OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError
+"""what reading a damaged checkpoint raises"""
 _PREFIX = "network."
 
 
@@ -30,7 +33,11 @@ def write_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path)
         save(network, path, weights=weights)
         return
     # tied weights are written twice, for safetensors stores no views
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in weights.items()
+        if isinstance(tensor, Tensor)  # a module's extra state may be anything
+    }
     with whole_file(path) as partial:
         save_file(tensors, partial)
 
@@ -62,6 +69,15 @@ class Checkpoints(TorchCheckpointIO):
             os.fsync(file.fileno())
 
 
+class _Within(ModelCheckpoint):
+    """Saves within epochs; the checkpoint at an epoch's end is to come after its validation."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save every few steps."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
+
+
 def checkpoint_callbacks(
     folder: Path, every: int, monitor: tuple[str, str] | None
 ) -> list[Callback]:
@@ -73,14 +89,14 @@ def checkpoint_callbacks(
         monitor: the metric that tells the best, and "min" or "max"; None keeps no best one.
     """
 
-    def keep(name: str, **options: Any) -> ModelCheckpoint:
-        return ModelCheckpoint(folder, name, enable_version_counter=False, **options)
+    def keep(name: str, kind: type[ModelCheckpoint] = ModelCheckpoint, **options: Any) -> Callback:
+        return kind(folder, name, enable_version_counter=False, **options)
 
     callbacks: list[Callback] = []
     if monitor is not None:
         # first, so that the last checkpoint knows the best one
         callbacks.append(keep(BEST, monitor=monitor[0], mode=monitor[1]))
-    callbacks.append(keep(LAST, every_n_train_steps=every))
+    callbacks.append(keep(LAST, _Within, every_n_train_steps=every))
     callbacks.append(keep(LAST, every_n_epochs=1, save_on_train_epoch_end=True))
     return callbacks
 
@@ -100,11 +116,35 @@ def last_checkpoint(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def check_shapes(checkpoint: Path, network: nn.Module) -> None:
+    """Refuse a checkpoint of another network, as data of more classes would make it.
+
+    Raises:
+        ValueError: a weight has another shape.
+    """
+    before = weights_of(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    for name, now in network.state_dict().items():
+        then = before.get(name)
+        if isinstance(then, Tensor) and isinstance(now, Tensor) and then.shape != now.shape:
+            raise ValueError(
+                f"`resume`: the weight {name!r} was {list(then.shape)} when the run in "
+                f"{str(checkpoint.parent)!r} began, and is {list(now.shape)}; resume it with the "
+                "same network, on data of the same classes"
+            )
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what runs that were killed while they wrote a checkpoint have left."""
+    for name in (LAST, BEST):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
 def steps_of(checkpoint: Path) -> int:
     """How many optimiser steps a checkpoint has seen."""
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
-    except (EOFError, OSError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"`out`: {str(checkpoint)!r} is damaged; put a copy of it in its place, or start again "
             "in another folder"

@@ -146,14 +146,17 @@ def resumable(module: LightningDataModule, recipe: Recipe, labels: bool) -> Ligh
         labels: whether they are needed.
     """
     result = copy.copy(module)
+    own = result.train_dataloader  # of the copy, which is what Lightning sets up
 
     def train_dataloader() -> Any:
-        loader: Any = module.train_dataloader()
-        if not hasattr(loader, "__len__"):
+        loader: Any = own()
+        try:
+            len(loader)
+        except TypeError:  # a DataLoader of an iterable dataset has the method all the same
             raise TypeError(
                 f"`data` yields a {type(loader).__name__} without a length, which the learning "
-                "rate's schedule needs; give it a `__len__`"
-            )
+                "rate's schedule needs; give it, or its dataset, a `__len__`"
+            ) from None
         if not is_plain(loader):
             return Resumable(loader, recipe.seed)
         source = Source(loader.dataset, workers=loader.num_workers, loader=loader)

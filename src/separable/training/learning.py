@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from .loading import STEP, seed_of
+from .augmenting import shifted
+from .checking import check_labels
+from .loading import STEP, VIEWS, drawing, seed_of
 from .matching import Matching
 from .optimizing import optimizer_of, schedule_of, sizes_of, without_decay
 from .recipe import Distillation, Recipe
+
+LOG_EVERY = 50
+"""optimiser steps"""
 
 
 def inputs_of(batch: Any) -> Tensor:
@@ -32,11 +38,26 @@ def inputs_of(batch: Any) -> Tensor:
     return inputs
 
 
-def labels_of(batch: Any) -> Tensor:
-    """The labels of a batch `(inputs, labels)`."""
+def labels_of(batch: Any, classes: int) -> Tensor:
+    """The labels of a batch `(inputs, labels)`: `[N]`, int64.
+
+    Raises:
+        TypeError: there are none, or they are no classes.
+        ValueError: a label is not in 0 to `classes` - 1.
+    """
     if not isinstance(batch, Sequence) or len(batch) < 2:
         raise TypeError("`data` yields no labels; training with labels needs (inputs, labels)")
-    labels: Tensor = batch[1]
+    labels = check_labels(batch[1])
+    # on a GPU, looking means waiting for it
+    if (
+        labels.device.type == "cpu"
+        and len(labels)
+        and not 0 <= labels.min() <= labels.max() < classes
+    ):
+        raise ValueError(
+            f"`data` has labels from {labels.min()} to {labels.max()}, and the network {classes} "
+            f"outputs; labels must be in 0 to {classes - 1}"
+        )
     return labels
 
 
@@ -67,9 +88,11 @@ class Learning(LightningModule):
         # Lightning's own estimate would set the loader up before a checkpoint's state is there
         feeding: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         batches = len(feeding.train_dataloader())
-        steps = self.recipe.epochs * math.ceil(batches / self.recipe.accumulate)
+        steps = math.ceil(batches / self.recipe.accumulate)
+        # or a short epoch would end unlogged
+        self.trainer.log_every_n_steps = min(LOG_EVERY, steps)  # type: ignore[attr-defined]
         optimizer = optimizer_of(named, self.plain, self.recipe, self.sizes)
-        scheduler = schedule_of(optimizer, steps, self.recipe)
+        scheduler = schedule_of(optimizer, self.recipe.epochs * steps, self.recipe)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -104,12 +127,26 @@ class Learning(LightningModule):
             ValueError: it is no number any more.
         """
         # on a GPU, looking means waiting for it
-        if (loss.device.type == "cpu" or self.global_step % 50 == 0) and not loss.isfinite():
+        looks = loss.device.type == "cpu" or self.global_step % LOG_EVERY == 0
+        if looks and not loss.isfinite():
             raise ValueError(
                 f"the loss is {loss.item()} in step {self.global_step}: the training diverged; "
                 f"lower `lr` (={self.recipe.peak_lr:g}), or look for NaN in `data`"
             )
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
+
+    def check_finite(self, weights: Mapping[str, Any]) -> None:
+        """Refuse what a training ended with if its last step has spoilt it.
+
+        Raises:
+            ValueError: a weight is no number.
+        """
+        for name, weight in weights.items():
+            if isinstance(weight, Tensor) and not weight.isfinite().all():
+                raise ValueError(
+                    f"the weight {name!r} is no number after {self.global_step} steps: the "
+                    f"training diverged; lower `lr` (={self.recipe.peak_lr:g})"
+                )
 
 
 class Supervised(Learning):
@@ -124,15 +161,15 @@ class Supervised(Learning):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch `(inputs, labels)`."""
         logits = self.network(inputs_of(batch)).float()
-        loss = F.cross_entropy(
-            logits, labels_of(batch), label_smoothing=self.recipe.label_smoothing
-        )
+        labels = labels_of(batch, logits.shape[1])
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         self.record_loss(loss)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the validation's loss and accuracy."""
-        logits, labels = self.network(inputs_of(batch)).float(), labels_of(batch)
+        logits = self.network(inputs_of(batch)).float()
+        labels = labels_of(batch, logits.shape[1])
         self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
         self.accuracy.update(logits.argmax(1), labels)
         self.record("val_loss", self.loss)
@@ -165,8 +202,12 @@ class Distilling(Learning):
         self.loss, self.agreement = MeanMetric(), MeanMetric()
 
     def on_fit_start(self) -> None:
-        """Put the teacher where the student is."""
-        self.held.teacher.to(self.device)
+        """Put the teacher where the student is, in its arithmetic."""
+        self.held.teacher.to(self.device, next(self.network.parameters()).dtype)
+
+    def on_train_start(self) -> None:
+        """Keep the statistics of batch norm in an epoch that is resumed, too."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Keep the statistics of batch norm where the recipe says so."""
@@ -182,21 +223,61 @@ class Distilling(Learning):
             with torch.no_grad():
                 goal = self.held.teacher(inputs)
             outputs = self.network(inputs)
+        # the same shifts on every process and in every pass that share a step
+        goal = self.viewed(goal, inputs, self.current_epoch, batch_idx // recipe.accumulate)
         loss = divergence(outputs.float(), goal.float(), recipe.temperature).mean()
         if recipe.labels:
-            hard = F.cross_entropy(
-                outputs.float(), labels_of(batch), label_smoothing=recipe.label_smoothing
-            )
+            labels = labels_of(batch, outputs.shape[1])
+            hard = F.cross_entropy(outputs.float(), labels, label_smoothing=recipe.label_smoothing)
             loss = (loss + hard) / 2
         if features is not None:
             loss = loss + recipe.features * features.loss()
         self.record_loss(loss)
         return loss
 
+    @torch.no_grad()
+    def check_blocks(self, inputs: Tensor) -> None:
+        """Try on which modules' outputs student and teacher can be matched.
+
+        Raises:
+            ValueError: a module is not called, or the shapes differ.
+            TypeError: a module returns no tensor.
+        """
+        probe = copy.deepcopy(self.network).eval()
+        if isinstance(self.matching, Matching):
+            with Matching(probe, self.held.teacher, self.distillation.blocks) as features:
+                self.held.teacher(inputs)
+                probe(inputs)
+            features.loss()
+
+    @torch.no_grad()
+    def viewed(self, goal: Tensor, inputs: Tensor, *key: int) -> Tensor:
+        """Average a teacher's outputs with those for shifted copies of the inputs.
+
+        The mean is closer to the labels than the outputs are (Radosavovic et al. 2018,
+        arXiv:1712.04440).
+
+        Args:
+            goal: the outputs for `inputs`.
+            inputs: `[N, C, *spatial]`.
+            key: what the shifts are a function of, besides the seed.
+
+        Raises:
+            ValueError: as `check_views`.
+        """
+        views = self.distillation.views
+        if not views:
+            return goal
+        check_views(views, inputs, goal)
+        with drawing(self.recipe.seed, VIEWS, *key):
+            copies = [shifted(inputs, leading=2) for _ in range(views)]
+        return torch.stack([goal, *map(self.held.teacher, copies)]).mean(0)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the divergence from the teacher, and to how often both agree."""
         inputs = inputs_of(batch)
-        goal, outputs = self.held.teacher(inputs).float(), self.network(inputs).float()
+        goal, outputs = self.held.teacher(inputs), self.network(inputs).float()
+        goal = self.viewed(goal, inputs, batch_idx).float()
         self.loss.update(divergence(outputs, goal, 1.0))
         self.record("val_loss", self.loss)
         if _are_logits(goal):
@@ -212,6 +293,19 @@ class _Held:
 
     def __deepcopy__(self, _: Any) -> _Held:
         return self
+
+
+def check_views(views: int, inputs: Tensor, outputs: Tensor) -> None:
+    """Refuse to average over shifted copies where that means nothing.
+
+    Raises:
+        ValueError: the inputs cannot be shifted, or the outputs would shift with them.
+    """
+    if views and (inputs.dim() < 3 or not _are_logits(outputs)):
+        raise ValueError(
+            f"`views` (={views}) needs inputs [N, C, *spatial] and outputs [N, classes], and the "
+            f"teacher maps {list(inputs.shape)} to {list(outputs.shape)}; use views=0"
+        )
 
 
 def _are_logits(outputs: Tensor) -> bool:
@@ -241,7 +335,12 @@ def divergence(outputs: Tensor, goal: Tensor, temperature: float) -> Tensor:
 
 
 def relative_error(outputs: Tensor, goal: Tensor) -> Tensor:
-    """Squared error of each input over the mean squared distance of the goals from their mean."""
-    spread = (goal - goal.mean(0)).square().flatten(1).sum(1).mean()
-    floor = torch.finfo(goal.dtype).tiny
+    """Squared error of each input over the mean squared distance of the goals from their mean.
+
+    The mean is that of each value over the inputs, or of a single input over its values.
+    """
+    centre = goal.mean(0) if len(goal) > 1 else goal.mean()
+    spread = (goal - centre).square().flatten(1).sum(1).mean()
+    limits = torch.finfo(goal.dtype)
+    floor = limits.eps * goal.square().flatten(1).sum(1).mean() + limits.tiny  # goals all alike
     return (outputs - goal).square().flatten(1).sum(1) / spread.clamp(min=floor)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 # what the draws are for; the first entry of each key, so that no two purposes share a stream
-ORDER, AUGMENTATION, STEP, SPLIT, FETCH, WEIGHTS = range(6)
+ORDER, AUGMENTATION, STEP, SPLIT, FETCH, WEIGHTS, VIEWS = range(7)
 
 
 def seed_of(*key: int) -> int:
@@ -219,7 +219,12 @@ class Resumable(Repeated):
             batches = iter(self.loader)
         for position in range(len(self)):
             with drawing(self.seed, FETCH, self.epoch, position):
-                batch = next(batches)
+                batch = next(batches, None)
+            if batch is None:
+                raise ValueError(
+                    f"`data` has a length of {len(self)} batches and yields {position}; its "
+                    "`__len__` must be what it yields"
+                )
             if position >= start:
                 self.position += 1
                 yield batch
@@ -237,7 +242,7 @@ def is_plain(loader: Any) -> bool:
     """Whether a loader draws batches from an indexed dataset in sequence or at random."""
     return (
         isinstance(loader, DataLoader)
-        and loader.batch_sampler is not None
+        and loader.batch_size is not None  # there is none where the user samples batches
         and type(loader.sampler) in (RandomSampler, SequentialSampler)
         and not getattr(loader.sampler, "replacement", False)
         and getattr(loader.sampler, "_num_samples", None) is None

@@ -34,7 +34,12 @@ def block_ends(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) 
                 )
         return [n for n in own if n in both and any(fnmatch.fnmatch(n, p) for p in patterns)]
     converted = [n for n, module in student.named_modules() if isinstance(module, SeparatedConv)]
-    holders = [name.rpartition(".")[0] or name for name in converted]
+    lists = nn.ModuleList, nn.ModuleDict  # return nothing themselves
+    holders = []
+    for name in converted:
+        holder = name.rpartition(".")[0]
+        is_list = isinstance(student.get_submodule(holder), lists)
+        holders.append(name if is_list or not holder else holder)
     found = [name for name in dict.fromkeys(holders) if name in both]
     if not found:
         raise ValueError(
@@ -77,6 +82,11 @@ class Matching:
     @staticmethod
     def _recorder(seen: dict[str, Tensor], name: str) -> Any:
         def record(_: nn.Module, __: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"`blocks`: {name!r} returns a {type(output).__name__}; name modules that "
+                    "return a tensor, or use features=0"
+                )
             seen[name] = output
             return output.clone()  # what follows may write in place
 
@@ -86,6 +96,12 @@ class Matching:
         """Mean over the modules of the squared error, relative to the teacher's variance."""
         of_student, of_teacher = self.seen
         errors = []
+        if not of_student or of_student.keys() != of_teacher.keys():
+            called = ", ".join(of_student) or "none"
+            raise ValueError(
+                f"`blocks`: of {', '.join(self.names)} the student calls {called}, the teacher "
+                f"{', '.join(of_teacher) or 'none'}; name modules that both call, or use features=0"
+            )
         for name, output in of_student.items():
             goal = of_teacher[name].float()
             if output.shape != goal.shape:

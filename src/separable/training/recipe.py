@@ -18,7 +18,7 @@ from ..images import IMAGENET_MEAN, IMAGENET_STD
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "flip-shift", "flip-crop"]
 BatchNorm = Literal["train", "frozen"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
 _RATES = {"sgd": 0.1, "adamw": 1e-3}
 _DECAYS = {"sgd": 1e-4, "adamw": 0.05}
@@ -34,9 +34,9 @@ def _field(default: Any, text: str, least: float | None = None, most: float = ma
     )
 
 
-def _machine(default: Any, text: str, least: float | None = None) -> Any:
+def _machine(default: Any, text: str, least: float | None = None, most: float = math.inf) -> Any:
     """Build a field that says how a training runs: a resumed one may change it."""
-    metadata = {"help": text, "least": least, "most": math.inf, "resumable": True}
+    metadata = {"help": text, "least": least, "most": most, "resumable": True}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -96,7 +96,7 @@ class Recipe:
     compile: bool = _field(False, "Compile the network with torch.compile.")
     channels_last: bool = _field(True, "Keep images in memory channels last.")
     workers: int | None = _machine(
-        None, "Processes that load data; left out 2 for images, 0 for what is in memory.", 0
+        None, "Processes that load data; left out 2 for images, 0 for what is in memory.", 0, 256
     )
     checkpoint_every: int = _machine(
         1000, "Optimiser steps between checkpoints; there is one after each epoch too.", 1
@@ -118,9 +118,11 @@ class Recipe:
             value = _coerced(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)  # frozen from here on
             least, most = field.metadata["least"], field.metadata["most"]
+            values = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(each, float) and not math.isfinite(each) for each in values):
+                raise ValueError(f"`{field.name}` (={value!r}) must be finite")
             if value is None or least is None:
                 continue
-            values = value if isinstance(value, tuple) else (value,)
             if not all(least <= each <= most for each in values):
                 span = f"at least {least}" if most == math.inf else f"{least} to {most}"
                 raise ValueError(f"`{field.name}` (={value!r}) must be {span}")
@@ -197,6 +199,9 @@ class Distillation(Recipe):
     temperature: float = _field(4.0, "Both networks' logits are divided by it.", 0.01)
     features: float = _field(
         1.0, "Weight of the block ends' relative squared error; 0 leaves them out.", 0
+    )
+    views: int = _field(
+        0, "Shifted copies of the inputs that the teacher's outputs are averaged over, too.", 0
     )
     blocks: tuple[str, ...] = _field(
         (), "Modules to match, as in layer1.*; left out the blocks that hold converted layers."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -79,13 +80,24 @@ def check_config(folder: Path, recipe: Recipe, names: Mapping[str, str]) -> None
     Raises:
         ValueError: an option differs from that of the run.
     """
-    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changeable = {f.name for f in dataclasses.fields(recipe) if f.metadata["resumable"]}
-    for name, value in {**names, **recipe.to_dict()}.items():
-        if name not in changeable and before.get(name) != value:
+    try:
+        before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"`out`: {str(folder / CONFIG)!r} does not say how the run began; put a copy of it in "
+            "its place, or start again in another folder"
+        )
+    now = {**names, **recipe.to_dict()}
+    fields = dataclasses.fields(recipe)
+    changeable = {f.name for f in fields if f.metadata["resumable"] or f.name not in before}
+    for name in {**before, **now}:  # also what is left out now
+        if name not in changeable and before.get(name) != now.get(name):
             raise ValueError(
-                f"`{name}` (={value!r}) was {before.get(name)!r} when the run in {str(folder)!r} "
-                "began; resume it with the same, or start another in another folder"
+                f"`{name}` (={now.get(name)!r}) was {before.get(name)!r} when the run in "
+                f"{str(folder)!r} began; resume it with the same, or start another in another "
+                "folder"
             )
 
 
@@ -128,7 +140,7 @@ def csv_logger(folder: Path, steps: int) -> CSVLogger:
         folder: the run's.
         steps: of the checkpoint that the run goes on from; 0 begins anew.
     """
-    rows = [row for row in read_metrics(folder / METRICS) if row["step"] < steps]
+    rows = [row for row in read_metrics(folder / METRICS) if row.get("step", steps) < steps]
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=_FLUSH)
     with warnings.catch_warnings():
         # it deletes the old metrics; what is still true of them is written again
@@ -169,20 +181,22 @@ def draw_curves(folder: Path) -> None:
     rows = read_metrics(folder / METRICS)
     panels: dict[str, list[str]] = {}
     for name in sorted({key for row in rows for key in row} - {"step", "epoch"}):
-        panels.setdefault(name.partition("_")[2] or name, []).append(name)
+        title = "learning rate" if name.startswith("lr-") else name.partition("_")[2] or name
+        panels.setdefault(title, []).append(name)
     if not panels:
         return
     figure = Figure(figsize=(4.6 * len(panels), 3.6), dpi=120, layout="constrained")
     for axes, (title, names) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for name, colour in zip(names, COLOURS, strict=False):
-            points = [(row["step"], row[name]) for row in rows if name in row]
+        for name, colour in zip(names, itertools.cycle(COLOURS), strict=False):
+            points = [(row["step"], row[name]) for row in rows if {name, "step"} <= row.keys()]
             mark = "o" if len(points) < 2 else None
             axes.plot(*zip(*points, strict=True), marker=mark, color=colour, label=name)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        if len(names) <= len(COLOURS):
+            axes.legend(frameon=False, fontsize=9)
     with whole_file(folder / CURVES) as partial:
         figure.savefig(partial, format="png")

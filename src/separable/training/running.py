@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from .checkpoints import (
     Checkpoints,
+    check_shapes,
     checkpoint_callbacks,
     last_checkpoint,
+    remove_partial,
     steps_of,
     weights_of,
 )
@@ -37,7 +41,6 @@ from .learning import Learning
 from .optimizing import averaging
 from .recipe import Recipe
 from .records import (
-    CONFIG,
     Waiting,
     check_config,
     csv_logger,
@@ -47,7 +50,7 @@ from .records import (
     write_environment,
 )
 
-LOG_EVERY = 50
+_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,17 @@ def run(
     recipe, network = learning.recipe, learning.network
     checkpoint = None
     if place is not None:
-        if place.resume and (place.folder / CONFIG).exists():
-            check_config(place.folder, recipe, place.names)
         checkpoint = place.checkpoint
     done = 0 if checkpoint is None else steps_of(checkpoint)
-    if recipe.channels_last and any(weight.ndim == 4 for weight in network.parameters()):
-        network.to(memory_format=torch.channels_last)
+    if place is not None and checkpoint is not None:
+        check_config(place.folder, recipe, place.names)
+        check_shapes(checkpoint, network)
+    if recipe.precision in _DTYPES:
+        network.to(_DTYPES[recipe.precision])  # before the average of the weights copies it
+    if recipe.channels_last:
+        for weight in network.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if recipe.compile:
         network.compile()
     waiting, begun = Waiting(), time.perf_counter()
@@ -139,10 +147,12 @@ def run(
             trainer.loggers = _loggers(place, done, recipe)
         if place is not None and trainer.is_global_zero:
             place.folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(place.folder)
             write_config(place.folder, recipe, place.names)
             write_environment(place.folder, trainer.strategy.root_device, trainer.world_size)
         trainer.fit(learning, datamodule=feeding, ckpt_path=checkpoint, weights_only=True)
     weights = _trained(trainer, learning, checkpoint)
+    learning.check_finite(weights)
     if place is not None and trainer.is_global_zero:
         draw_curves(place.folder)
     result = copy.deepcopy(model).eval()
@@ -188,13 +198,14 @@ def _trainer(
                 f"(={recipe.strategy!r}) shards; use ema=0"
             )
         callbacks.append(averaging(recipe.ema))
-    steps_per_epoch = LOG_EVERY
-    if isinstance(feeding, Feeding):
-        steps_per_epoch = len(feeding.order())
     if place is not None:
         monitor = learning.monitor if validates(feeding) else None
         callbacks += checkpoint_callbacks(place.folder, recipe.checkpoint_every, monitor)
         callbacks.append(LearningRateMonitor(logging_interval="step"))
+    plugins: list[Any] = [Checkpoints(learning.network)]
+    if SLURMEnvironment.detect():
+        # its own checkpoints at a signal would lie in the working directory, for any run to take
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     devices, nodes = _devices(recipe)
     return Trainer(
         accelerator=recipe.accelerator,
@@ -209,14 +220,14 @@ def _trainer(
         use_distributed_sampler=False,  # the batches of each process are drawn for it
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if validates(feeding) else 0,
-        log_every_n_steps=max(1, min(LOG_EVERY, steps_per_epoch)),
+        default_root_dir=None if place is None else place.folder,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=place is not None,
         enable_progress_bar=progress,
         enable_model_summary=False,
         profiler=waiting,
-        plugins=[Checkpoints(learning.network)],
+        plugins=plugins,
     )
 
 
@@ -259,14 +270,23 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C through: Lightning exits with 1, and ignores it from then on."""
+    """Let Ctrl-C through, and SIGTERM end the process as it does elsewhere.
+
+    At Ctrl-C Lightning exits with 1, and ignores it from then on; what is being written then
+    fails with errors of its own.
+    """
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            cause = cause.__context__
         raise
     finally:
         if main:

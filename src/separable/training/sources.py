@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from ..images import centre_crop, find_images, no_images, open_image, standardise, transforms
 from .augmenting import augmentation, flipped, shifted
+from .checking import check_labels
 from .digits import CLASSES as DIGITS
 from .digits import IMAGE_SIZE as SMALL
 from .digits import load_digits
@@ -35,6 +38,7 @@ class Source:
         train: items are inputs or (input, label) pairs.
         validation: the same, or None where a share of `train` is to be held out.
         classes: how many there are; None if unknown, or if labels are not asked for.
+        names: of the classes, in the order of the labels, where they have names.
         augmented: prepares an input for training, at random.
         prepared: prepares an input for validation.
         workers: processes that load, if the recipe names none.
@@ -44,6 +48,7 @@ class Source:
     train: Any
     validation: Any = None
     classes: int | None = None
+    names: tuple[str, ...] = ()
     augmented: Callable[[Any], Tensor] | None = None
     prepared: Callable[[Any], Tensor] | None = None
     workers: int = 0
@@ -116,14 +121,27 @@ def open_source(
         raise ValueError(f"`data` (={_named(data)}) has one class; telling apart takes two")
     if not len(source.train):
         raise ValueError(f"`data` (={_named(data)}) is empty; give at least one input")
-    if validation is not None:
-        part = _opened(validation, recipe, labels, channels).train
-        source = Source(**{**vars(source), "validation": part})
-    return source
+    if validation is None:
+        return source
+    try:
+        other = _opened(validation, recipe, labels, channels)
+    except (ValueError, TypeError, OSError) as error:  # they name the argument
+        raise type(error)(str(error).replace("`data`", "`validation_data`")) from error
+    part = other.train if other.validation is None else other.validation
+    if not len(part):
+        raise ValueError(
+            f"`validation_data` (={_named(validation)}) is empty; give at least one input"
+        )
+    if source.names and other.names and source.names != other.names:
+        raise ValueError(
+            f"`validation_data` (={_named(validation)}) has the classes {', '.join(other.names)}, "
+            f"and `data` {', '.join(source.names)}; they must be the same"
+        )
+    return dataclasses.replace(source, validation=part)
 
 
 def _named(data: Any) -> str:
-    return repr(data) if isinstance(data, str | Path) else f"a {type(data).__name__}"
+    return repr(str(data)) if isinstance(data, str | Path) else f"a {type(data).__name__}"
 
 
 def _opened(data: Any, recipe: Recipe, labels: bool, channels: int) -> Source:
@@ -132,21 +150,32 @@ def _opened(data: Any, recipe: Recipe, labels: bool, channels: int) -> Source:
     if is_plain(data):
         workers = data.num_workers
         return Source(data.dataset, augmented=_augmented(recipe), workers=workers, loader=data)
-    if isinstance(data, Tensor):
-        data = TensorDataset(data)
+    if isinstance(data, tuple | list):
+        data = type(data)(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in data)
+    if isinstance(data, Tensor | np.ndarray):
+        data = TensorDataset(torch.as_tensor(data))
     elif isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         if len({len(part) for part in data}) != 1:
             raise ValueError("`data`: inputs and labels must be as many as each other")
         data = TensorDataset(*data)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if indexed and not isinstance(data, Mapping | IterableDataset):
         classes = None
         if labels and isinstance(data, TensorDataset) and len(data.tensors) > 1 and len(data):
-            classes = int(data.tensors[1].unique().numel())
+            classes = _classes(data.tensors[1])
         return Source(data, classes=classes, augmented=_augmented(recipe))
     raise TypeError(
         f"`data` (a {type(data).__name__}) must be a folder, {', '.join(NAMES)}, a tensor, a pair "
         "of tensors, a dataset, a DataLoader or a LightningDataModule"
     )
+
+
+def _classes(labels: Tensor) -> int:
+    """How many classes labels tell apart: one, or as many as the largest asks for."""
+    labels = check_labels(labels)
+    if labels.min() < 0:
+        raise ValueError(f"`data` has the label {labels.min()}; labels must be 0 or more")
+    return 1 if len(labels.unique()) == 1 else int(labels.max()) + 1
 
 
 def _augmented(recipe: Recipe, default: Augment = "none") -> Callable[[Tensor], Tensor] | None:
@@ -179,20 +208,21 @@ def _digits(recipe: Recipe, labels: bool, channels: int) -> Source:
         part(digits.train_images, digits.train_labels),
         part(digits.test_images, digits.test_labels),
         DIGITS if labels else None,
-        _augmented(recipe, "shift"),
+        augmented=_augmented(recipe, "shift"),
     )
 
 
 def _folder(root: Path, recipe: Recipe, labels: bool, channels: int) -> Source:
+    classes: list[str] = []
     parts = next(
         ([root / a, root / b] for a, b in _PARTS if (root / a).is_dir() and (root / b).is_dir()),
         [root],
     )
-    datasets, classes = [], None
+    datasets = []
     for part in parts:
         if labels:
             samples, names = _class_folders(part)
-            if classes is not None and names != classes:
+            if classes and names != classes:
                 raise ValueError(f"`data`: {parts[0]} and {part} hold different classes")
             classes = names
             paths, targets = zip(*samples, strict=True)
@@ -203,7 +233,7 @@ def _folder(root: Path, recipe: Recipe, labels: bool, channels: int) -> Source:
             raise no_images(part, "`data`")
     return _images(
         datasets,
-        None if classes is None else len(classes),
+        classes,
         recipe,
         channels,
         recipe.augment or "flip-crop",
@@ -228,13 +258,17 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
             str(root), is_valid_file=lambda path: Path(path).suffix.lower() in SUFFIXES
         )
     except FileNotFoundError as error:
-        raise ValueError(f"`data`: {str(error).splitlines()[0]}") from error
+        words = str(error).partition(".")[0].removeprefix("Found no valid file for the classes ")
+        raise ValueError(
+            f"`data`: {str(root)!r} has no images in the folders {words}; put some there, or "
+            "remove them"
+        ) from error
     return found.samples, found.classes
 
 
 def _images(
     datasets: Sequence[Any],
-    classes: int | None,
+    names: Sequence[str],
     recipe: Recipe,
     channels: int,
     augment: Augment,
@@ -243,7 +277,7 @@ def _images(
     """A source of PIL images: the training part, and the one for validation if there is one."""
     v2 = transforms()
     tensor = standardise(recipe.mean, recipe.std, channels)
-    steps = {
+    steps: dict[str, list[Callable[[Tensor], Tensor]]] = {
         "none": [],
         "shift": [shifted],
         "flip-shift": [flipped, shifted],
@@ -255,7 +289,8 @@ def _images(
     return Source(
         datasets[0],
         datasets[1] if len(datasets) > 1 else None,
-        classes,
+        len(names) or None,
+        tuple(names),
         v2.Compose(random),
         v2.Compose([*centre_crop((size, size)), *tensor]),
         WORKERS,
@@ -323,7 +358,7 @@ def _of_splits(
     used = [part for part in ("train", "validation", "test") if part in splits][:2]
     return _images(
         [_HubImages(splits[part], image, label if labels else None, channels) for part in used],
-        features[label].num_classes if labels else None,
+        features[label].names if labels else (),
         recipe,
         channels,
         recipe.augment or augment,

@@ -11,15 +11,15 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..models import create_model
-from .checking import check_classes, input_channels, outputs_of
+from .checking import check_classes, check_training, input_channels, outputs_of
+from .checkpoints import last_checkpoint
 from .feeding import Feeding, Given, resumable
-from .learning import Distilling, Supervised
+from .learning import Distilling, Supervised, check_views
 from .loading import WEIGHTS, drawing, is_plain
 from .recipe import AnyRecipe, Distillation, Recipe
-from .records import CONFIG
 from .running import Place, is_first_process, run
 from .sources import open_source
 
@@ -77,7 +77,10 @@ def train(
         14
     """
     recipe = _recipe(recipe, Recipe, options)
-    place = _place(out, resume, {"model": _named(model), "data": _named(data), **(names or {})})
+    if not isinstance(model, nn.Module | str):
+        raise TypeError(f"`model` (a {type(model).__name__}) must be a torch.nn.Module or a name")
+    own = _names(model=model, data=data, validation_data=validation_data)
+    place = _place(out, resume, {**own, **(names or {})})
     channels = 3
     if isinstance(model, nn.Module):
         channels = input_channels(model)
@@ -89,7 +92,8 @@ def train(
         with drawing(recipe.seed, WEIGHTS):
             model = create_model(model if given else f"{model},num_classes={classes}")
     if sample is not None:
-        check_classes(outputs_of(model, sample, "model"), classes)
+        check_classes(outputs_of(model, sample, "model"), classes, "model")
+        check_training(model, sample, recipe.batch_size // recipe.accumulate, "model")
     return run(model, Supervised(_trainable(model, "model"), recipe), feeding, place, progress)
 
 
@@ -147,9 +151,9 @@ def finetune(
     for name, network in (("student", student), ("teacher", teacher)):
         if not isinstance(network, nn.Module):
             raise TypeError(f"`{name}` (a {type(network).__name__}) must be a torch.nn.Module")
-    own = {"student": _named(student), "teacher": _named(teacher), "data": _named(data)}
+    own = _names(student=student, teacher=teacher, data=data, validation_data=validation_data)
     place = _place(out, resume, {**own, **(names or {})})
-    feeding, sample, _ = _feeding(
+    feeding, sample, classes = _feeding(
         data, validation_data, recipe, recipe.labels, input_channels(teacher)
     )
     if sample is not None:
@@ -159,8 +163,13 @@ def finetune(
                 f"`student` returns {tuple(made.shape)} and `teacher` {tuple(goal.shape)} for one "
                 "input; they must agree"
             )
+        check_views(recipe.views, sample[None], goal)
+        if recipe.labels:
+            check_classes(made, classes, "student")
     frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
     learning = Distilling(_trainable(student, "student"), frozen, recipe)
+    if sample is not None:
+        learning.check_blocks(sample[None])
     return run(student, learning, feeding, place, progress)
 
 
@@ -169,14 +178,19 @@ def _recipe(
 ) -> AnyRecipe:
     if recipe is None:
         return kind.of(options)
-    if not isinstance(recipe, kind):
+    if type(recipe) is not kind:
         raise TypeError(f"`recipe` (a {type(recipe).__name__}) must be a {kind.__name__}")
     before = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     return kind.of({**before, **options})
 
 
-def _named(value: Any) -> str:
-    return str(value) if isinstance(value, str | Path) else type(value).__name__
+def _names(**arguments: Any) -> dict[str, str]:
+    """What a run's configuration says of its networks and data: their names, or their types."""
+    return {
+        key: str(value) if isinstance(value, str | Path) else type(value).__name__
+        for key, value in arguments.items()
+        if value is not None
+    }
 
 
 def _trainable(model: nn.Module, name: str) -> nn.Module:
@@ -196,7 +210,7 @@ def _place(
             raise ValueError("`resume` needs the folder of a run: `out`")
         return None
     folder = Path(out)
-    if is_first_process() and not resume and (folder / CONFIG).exists():
+    if is_first_process() and not resume and last_checkpoint(folder) is not None:
         raise ValueError(
             f"`out` (={str(folder)!r}) holds a run already; resume it, or name another folder"
         )
@@ -208,13 +222,38 @@ def _feeding(
 ) -> tuple[LightningDataModule, Tensor | None, int | None]:
     """The data module, one prepared input to try networks on, and the number of classes."""
     if isinstance(data, LightningDataModule):
+        if validation is not None:
+            raise ValueError(
+                "`validation_data` must be left out where `data` is a LightningDataModule; give it "
+                "a `val_dataloader`"
+            )
+        _check_augment(recipe, "a LightningDataModule")
         return resumable(data, recipe, labels), None, None
-    loads = hasattr(data, "__iter__") and not isinstance(
-        data, str | Tensor | tuple | list | Dataset
-    )
-    if loads and not is_plain(data):
+    if _loads(data) and not is_plain(data):
+        if validation is not None and not _loads(validation):
+            raise ValueError(
+                f"`validation_data` (a {type(validation).__name__}) must be a loader too, where "
+                "`data` is one with a sampler of its own"
+            )
+        _check_augment(recipe, "a loader with a sampler of its own")
         return resumable(Given(data, validation), recipe, labels), None, None
+    if is_plain(data) and data.collate_fn is not default_collate:
+        _check_augment(recipe, "a loader with a `collate_fn` of its own")
     source = open_source(data, validation, recipe, labels=labels, channels=channels)
     feeding = Feeding(source, recipe, labels)
     feeding.order()  # before anything is written, for the batch may be too large
     return feeding, feeding.first(), source.classes
+
+
+def _loads(data: Any) -> bool:
+    """Whether data is an iterable of batches."""
+    inputs = (str, Path, Tensor, tuple, list, Mapping, Dataset)
+    return hasattr(data, "__iter__") and not isinstance(data, inputs)
+
+
+def _check_augment(recipe: Recipe, kind: str) -> None:
+    if recipe.augment not in (None, "none"):
+        raise ValueError(
+            f"`augment` (={recipe.augment!r}) cannot change the inputs of {kind}; change them in "
+            "its dataset, and leave it out"
+        )
