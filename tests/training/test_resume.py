@@ -142,7 +142,7 @@ def test_distillation_from_the_middle_of_an_epoch(tmp_path, batch_norm):
 
     options = {
         "features": 0.0, "batch_norm": batch_norm, "batch_size": 8, "checkpoint_every": 1,
-        "progress": False, "data": inputs, "views": 2,
+        "progress": False, "data": inputs,
     }  # fmt: skip
     pair = (torch.nn.Sequential(seeded(net, seed=n), torch.nn.Identity()) for n in (1, 0))
     student, teacher = pair

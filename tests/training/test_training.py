@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 
 import separable
 from separable.training import Distillation, Recipe, finetune, records, train
-from separable.training.learning import Distilling, divergence
+from separable.training.learning import divergence
 from separable.training.matching import block_ends
 
 from .networks import blobs, net, net1d, same, seeded
@@ -295,68 +295,6 @@ def test_feature_matching_brings_the_blocks_closer(original):
         for w in (0.0, 30.0)
     ]
     assert gap(results[1]) < gap(results[0])
-
-
-class Recording(nn.Module):
-    """Keeps what it was called with."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def forward(self, input):
-        self.seen.append(input)
-        return torch.stack([input.amax((1, 2, 3)), input[:, 0, 0, 0]], 1)
-
-
-def test_goals_are_means_over_shifted_views():
-    teacher, inputs = Recording(), blobs()[0][:6]
-    learning = Distilling(net(), teacher, Distillation(features=0.0, views=5, seed=3))
-    goal = learning.viewed(teacher(inputs), inputs, 1, 2)
-    assert len(teacher.seen) == 6
-    padded = nn.functional.pad(inputs, (1, 1, 1, 1), mode="replicate")  # an eighth of 8 pixels
-    shifted = {
-        (down, right): padded[:, :, 1 - down : 9 - down, 1 - right : 9 - right]
-        for down in (-1, 0, 1)
-        for right in (-1, 0, 1)
-    }
-    found = [
-        next(by for by, copy in shifted.items() if torch.equal(copy, seen))
-        for seen in teacher.seen[1:]
-    ]
-    assert len(set(found)) > 2
-    expected = sum(teacher(view) for view in (inputs, *map(shifted.get, found))) / 6
-    torch.testing.assert_close(goal, expected)
-    # the shifts follow from seed and key, whatever else was drawn
-    torch.rand(3)
-    assert torch.equal(learning.viewed(teacher(inputs), inputs, 1, 2), goal)
-    assert not torch.equal(learning.viewed(teacher(inputs), inputs, 1, 3), goal)
-
-
-def test_a_student_of_views_minds_shifts_less(original):
-    model, slim = original
-
-    def unsteadiness(network):
-        inputs = blobs(seed=5)[0]
-        with torch.no_grad():
-            return (network(inputs) - network(inputs.roll(1, -1))).square().mean().item()
-
-    plain, steady = (
-        finetune(slim, teacher=model, data=blobs()[0], views=n, **{**QUICK, "epochs": 8})
-        for n in (0, 8)
-    )
-    assert unsteadiness(steady) < unsteadiness(plain)
-
-
-def test_views_need_inputs_that_shift_and_outputs_that_do_not(tmp_path):
-    dense = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1))
-    words = r"`views` \(=2\) needs .* maps \[1, 1, 8, 8\] to \[1, 3, 8, 8\]; use views=0"
-    with pytest.raises(ValueError, match=words):
-        finetune(dense, teacher=dense, data=blobs()[0], views=2, features=0.0, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    flat = nn.Linear(8, 3)
-    with pytest.raises(ValueError, match=r"`views` \(=1\) needs"):
-        finetune(flat, teacher=flat, data=torch.zeros(32, 8), views=1, features=0.0)
 
 
 def test_which_blocks_are_matched(original):

@@ -13,20 +13,14 @@ SHARE = 0.125
 """of the size, the furthest shift"""
 
 
-def shifted(input: Tensor, leading: int = 1) -> Tensor:
-    """Move an input by up to an eighth of its size; its border repeats.
-
-    Args:
-        input: `[*leading, *spatial]`.
-        leading: dimensions that are no extents: 1 for `[C, *spatial]`, 2 for a batch, which is
-            moved as one.
-    """
+def shifted(input: Tensor) -> Tensor:
+    """Move an input `[C, *spatial]` by up to an eighth of its size; its border repeats."""
     input = torch.as_tensor(input)  # datasets may hold numpy's arrays
-    for dim in range(leading, input.dim()):
+    for dim in range(1, input.dim()):
         size = input.shape[dim]
         most = round(SHARE * size)
         by = int(torch.randint(-most, most + 1, ()))
-        source = (torch.arange(size, device=input.device) - by).clamp(0, size - 1)
+        source = (torch.arange(size) - by).clamp(0, size - 1)
         input = input.index_select(dim, source)
     return input
 

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from .augmenting import shifted
 from .checking import check_labels
-from .loading import STEP, VIEWS, drawing, seed_of
+from .loading import STEP, seed_of
 from .matching import Matching
 from .optimizing import optimizer_of, schedule_of, sizes_of, without_decay
 from .recipe import Distillation, Recipe
@@ -139,10 +138,11 @@ class Learning(LightningModule):
         """Refuse what a training ended with if its last step has spoilt it.
 
         Raises:
-            ValueError: a weight is no number.
+            ValueError: a trained weight is no number.
         """
-        for name, weight in weights.items():
-            if isinstance(weight, Tensor) and not weight.isfinite().all():
+        for name, parameter in self.network.named_parameters():
+            weight = weights.get(name, parameter)
+            if parameter.requires_grad and not weight.isfinite().all():
                 raise ValueError(
                     f"the weight {name!r} is no number after {self.global_step} steps: the "
                     f"training diverged; lower `lr` (={self.recipe.peak_lr:g})"
@@ -223,8 +223,6 @@ class Distilling(Learning):
             with torch.no_grad():
                 goal = self.held.teacher(inputs)
             outputs = self.network(inputs)
-        # the same shifts on every process and in every pass that share a step
-        goal = self.viewed(goal, inputs, self.current_epoch, batch_idx // recipe.accumulate)
         loss = divergence(outputs.float(), goal.float(), recipe.temperature).mean()
         if recipe.labels:
             labels = labels_of(batch, outputs.shape[1])
@@ -243,41 +241,18 @@ class Distilling(Learning):
             ValueError: a module is not called, or the shapes differ.
             TypeError: a module returns no tensor.
         """
-        probe = copy.deepcopy(self.network).eval()
-        if isinstance(self.matching, Matching):
-            with Matching(probe, self.held.teacher, self.distillation.blocks) as features:
-                self.held.teacher(inputs)
-                probe(inputs)
-            features.loss()
-
-    @torch.no_grad()
-    def viewed(self, goal: Tensor, inputs: Tensor, *key: int) -> Tensor:
-        """Average a teacher's outputs with those for shifted copies of the inputs.
-
-        The mean is closer to the labels than the outputs are (Radosavovic et al. 2018,
-        arXiv:1712.04440).
-
-        Args:
-            goal: the outputs for `inputs`.
-            inputs: `[N, C, *spatial]`.
-            key: what the shifts are a function of, besides the seed.
-
-        Raises:
-            ValueError: as `check_views`.
-        """
-        views = self.distillation.views
-        if not views:
-            return goal
-        check_views(views, inputs, goal)
-        with drawing(self.recipe.seed, VIEWS, *key):
-            copies = [shifted(inputs, leading=2) for _ in range(views)]
-        return torch.stack([goal, *map(self.held.teacher, copies)]).mean(0)
+        if not isinstance(self.matching, Matching):
+            return
+        pair = copy.deepcopy(self.network).eval(), self.held.teacher
+        with Matching(*pair, self.distillation.blocks) as features:
+            for network in pair:
+                network(inputs.to(next(network.parameters()).device))
+        features.loss()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the divergence from the teacher, and to how often both agree."""
         inputs = inputs_of(batch)
-        goal, outputs = self.held.teacher(inputs), self.network(inputs).float()
-        goal = self.viewed(goal, inputs, batch_idx).float()
+        goal, outputs = self.held.teacher(inputs).float(), self.network(inputs).float()
         self.loss.update(divergence(outputs, goal, 1.0))
         self.record("val_loss", self.loss)
         if _are_logits(goal):
@@ -293,19 +268,6 @@ class _Held:
 
     def __deepcopy__(self, _: Any) -> _Held:
         return self
-
-
-def check_views(views: int, inputs: Tensor, outputs: Tensor) -> None:
-    """Refuse to average over shifted copies where that means nothing.
-
-    Raises:
-        ValueError: the inputs cannot be shifted, or the outputs would shift with them.
-    """
-    if views and (inputs.dim() < 3 or not _are_logits(outputs)):
-        raise ValueError(
-            f"`views` (={views}) needs inputs [N, C, *spatial] and outputs [N, classes], and the "
-            f"teacher maps {list(inputs.shape)} to {list(outputs.shape)}; use views=0"
-        )
 
 
 def _are_logits(outputs: Tensor) -> bool:

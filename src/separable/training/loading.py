@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 # what the draws are for; the first entry of each key, so that no two purposes share a stream
-ORDER, AUGMENTATION, STEP, SPLIT, FETCH, WEIGHTS, VIEWS = range(7)
+ORDER, AUGMENTATION, STEP, SPLIT, FETCH, WEIGHTS = range(6)
 
 
 def seed_of(*key: int) -> int:

@@ -200,9 +200,6 @@ class Distillation(Recipe):
     features: float = _field(
         1.0, "Weight of the block ends' relative squared error; 0 leaves them out.", 0
     )
-    views: int = _field(
-        0, "Shifted copies of the inputs that the teacher's outputs are averaged over, too.", 0
-    )
     blocks: tuple[str, ...] = _field(
         (), "Modules to match, as in layer1.*; left out the blocks that hold converted layers."
     )

@@ -17,7 +17,7 @@ from ..models import create_model
 from .checking import check_classes, check_training, input_channels, outputs_of
 from .checkpoints import last_checkpoint
 from .feeding import Feeding, Given, resumable
-from .learning import Distilling, Supervised, check_views
+from .learning import Distilling, Supervised
 from .loading import WEIGHTS, drawing, is_plain
 from .recipe import AnyRecipe, Distillation, Recipe
 from .running import Place, is_first_process, run
@@ -163,7 +163,6 @@ def finetune(
                 f"`student` returns {tuple(made.shape)} and `teacher` {tuple(goal.shape)} for one "
                 "input; they must agree"
             )
-        check_views(recipe.views, sample[None], goal)
         if recipe.labels:
             check_classes(made, classes, "student")
     frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
