@@ -1,5 +1,7 @@
 """Exported files: loaded again, run, and what is in them."""
 
+import copy
+import math
 import os
 import sys
 
@@ -265,3 +267,40 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(ImportError) as raised:
         separable.export(network(), tmp_path / "net.onnx", example=EXAMPLE, progress=False)
     assert str(raised.value) == "onnxruntime is not installed: pip install 'separable[onnx]'"
+
+
+class Preparing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, input):
+        return self.conv(input.sub_(1.0)).mean((2, 3))
+
+
+def test_networks_that_write_into_their_input(tmp_path):
+    model, example = Preparing().eval(), torch.randn(2, 3, 8, 8)
+    before = example.clone()
+    separable.export(model, tmp_path / "a.safetensors", example=example)
+    assert torch.equal(example, before)
+
+
+class Masked(nn.Module):
+    def forward(self, input):
+        return input.masked_fill(input < 0, -math.inf)
+
+
+def test_infinities_that_the_model_returns_are_no_difference(tmp_path):
+    separable.export(Masked(), tmp_path / "a.onnx", example=torch.randn(2, 3, 8, 8))
+
+
+def test_half_precision_is_compared_as_coarsely_as_it_rounds(converted, tmp_path):
+    model = copy.deepcopy(converted).half()
+    separable.export(model, tmp_path / "a.onnx", example=torch.randn(2, 3, 12, 12).half())
+
+
+def test_real_inputs_come_in_batches(tmp_path):
+    with pytest.raises(TypeError, match=r"`inputs` \(a Tensor\) must be batches of inputs"):
+        separable.export(
+            Masked(), tmp_path / "a.onnx", example=torch.randn(2, 3), inputs=torch.randn(4, 3)
+        )

@@ -259,7 +259,7 @@ def test_labels_need_a_classifier():
 
 def test_labels_are_outputs_of_the_network():
     data = [(images(4), torch.tensor([0, 1, 2, 4]))]
-    with pytest.raises(ValueError, match="`data` has a class 4 and `model` 4 outputs"):
+    with pytest.raises(ValueError, match="`data` has classes from 0 to 4 and `model` 4 outputs"):
         separable.report(network(), SIZE, data=data, **QUICK)
 
 
@@ -303,3 +303,42 @@ def test_figures_in_words():
     ]  # fmt: skip
     assert small(0.0312) == "0.031"
     assert small(2.44e-6) == "2.4·10⁻⁶"
+
+
+class Writing(torch.nn.Module):
+    """Standardises its input in place."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, input):
+        return self.net(input.sub_(1.0).mul_(2.0))
+
+
+def test_networks_that_write_into_their_input():
+    model = Writing(network().eval())
+    seen = images(8)
+    labels = model(seen.clone()).argmax(1)
+    found = separable.report(
+        model, SIZE, converted=model, calibration=seen, data=[(seen, labels)], **QUICK
+    )
+    assert found.regular.accuracy == found.converted.accuracy == 1.0
+    assert torch.equal(seen, images(8))
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "words"),
+    [
+        ((images(8), torch.zeros(8, 1).long()), ValueError, r"labels \[8, 1\] of torch.int64 for"),
+        ((images(8), torch.zeros(1).long()), ValueError, r"must be classes, \[8\] whole numbers"),
+        ((images(8), torch.zeros(8)), ValueError, r"labels \[8\] of torch.float32"),
+        ((images(8), torch.zeros(8).bool()), ValueError, "of torch.bool"),
+        ((images(8), torch.zeros(8).long() - 1), ValueError, "classes from -1 to -1"),
+        ((images(8), [0] * 8), TypeError, "not of Tensor and list"),
+        (images(8), TypeError, "not of Tensor and NoneType"),
+    ],
+)
+def test_labels_of_other_kinds(batch, error, words):
+    with pytest.raises(error, match=words):
+        separable.report(network(), SIZE, data=[batch], **QUICK)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
-from separable.training import finetune, train
+from separable.training import finetune, running, train
 from separable.training.records import read_metrics
 
 from .networks import blobs, net, same, seeded
@@ -237,10 +237,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
         train(network, blobs(), out=tmp_path, resume=True, **OPTIONS)
 
 
-def test_records_that_were_cut_do_not_stop_it(tmp_path):
+@pytest.mark.parametrize("cut", ["0,", "0,1,1e-", ""])
+def test_records_that_were_cut_do_not_stop_it(tmp_path, cut):
     begun(tmp_path, 3)
-    with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("0,")
+    whole = "epoch,step,train_loss\n0,0,1.5\n"
+    (tmp_path / "metrics.csv").write_text(whole + cut)
     (tmp_path / ".last.123.ckpt").write_bytes(b"half")
     network = torch.nn.Sequential(seeded(net), torch.nn.Identity())
     assert train(network, blobs(), out=tmp_path, resume=True, **OPTIONS).run.steps == 10
@@ -248,6 +249,18 @@ def test_records_that_were_cut_do_not_stop_it(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match="does not say how the run began"):
         train(network, blobs(), out=tmp_path, resume=True, **OPTIONS)
+
+
+running_trainer = running.Trainer
+
+
+def test_sigterm_ends_a_process_as_it_does_elsewhere(tmp_path):
+    process = start(tmp_path)
+    while steps(tmp_path) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def test_under_slurm_nothing_lies_about_for_other_runs(tmp_path, monkeypatch):
@@ -258,10 +271,14 @@ def test_under_slurm_nothing_lies_about_for_other_runs(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(f"SLURM_{name}", value)
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
-    handler = signal.getsignal(signal.SIGUSR1)
+    seen = []
+    monkeypatch.setattr(
+        running, "Trainer", lambda **options: seen.append(running_trainer(**options)) or seen[-1]
+    )
     result = train(seeded(net), blobs(), out=tmp_path / "run", **OPTIONS)
     assert result.run.steps == 10
-    assert signal.getsignal(signal.SIGUSR1) == handler
+    assert not seen[0]._accelerator_connector.cluster_environment.auto_requeue
+    assert train(seeded(net), blobs(), **OPTIONS).run.steps == 10  # and without a folder
 
 
 def test_without_a_checkpoint_it_begins_anew(tmp_path):

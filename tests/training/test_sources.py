@@ -1,6 +1,7 @@
 """What data and networks may be: loaders, modules, labels; and what is refused, and how."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ from separable.training.sources import open_source
 from .networks import blobs, net, same, seeded
 
 QUICK = {"batch_size": 8, "epochs": 1, "progress": False, "validation": 0.0}
-DATA = TensorDataset(*blobs())
+INPUTS, LABELS = blobs()
+DATA = TensorDataset(INPUTS, LABELS)
 
 
 def trained(model=None, data=None, **options):
@@ -108,6 +110,57 @@ def test_labels_of_any_whole_numbers():
     assert same(trained(data=(inputs, labels.to(torch.uint8))), trained())
 
 
+class Dense(nn.Module):
+    """Scores of each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, input):
+        return self.conv(input)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_labels_of_each_pixel_and_soft_ones(soft):
+    """From a loader; pixels of no class are left out."""
+    labels = LABELS[:, None, None].expand(-1, 8, 8).clone()
+    labels[:, 0] = -100
+    model = Dense()
+    if soft:
+        model, labels = seeded(net), nn.functional.one_hot(LABELS).float()
+    loader = DataLoader(
+        TensorDataset(INPUTS, labels), batch_size=8, sampler=WeightedRandomSampler([1.0] * 48, 48)
+    )
+    assert trained(model, loader).run.steps == 6
+
+
+def test_masks_of_infinities_are_no_divergence():
+    model = seeded(net)
+    model.register_buffer("mask", torch.full((2, 2), -math.inf))
+    assert trained(model).run.steps == 6
+
+
+def test_layers_that_need_a_whole_batch_in_training():
+    class Grouped(nn.Module):
+        def forward(self, input):
+            if self.training:
+                input.view(4, len(input) // 4, -1)
+            return input
+
+    model = nn.Sequential(Grouped(), seeded(net))
+    loader = DataLoader(DATA, batch_size=8)
+    assert trained(model, loader, batch_size=1).run.steps == 6
+
+
+def test_an_error_that_the_caller_handles_is_not_taken_for_ctrl_c():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(ValueError, match="the training diverged"):
+            trained(data=(INPUTS * math.nan, LABELS))
+
+
 def test_validation_data_by_name_is_its_own_part():
     source = open_source("digits", "digits", Recipe(), labels=True, channels=1)
     assert torch.equal(source.validation.tensors[0], load_digits().test_images)
@@ -124,9 +177,6 @@ def test_classes_must_be_the_same_in_both_parts(tmp_path):
     (tmp_path / "b" / "z" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"`data`: '.*b' has no images in the folders z; put"):
         trained(data=tmp_path / "b")
-
-
-INPUTS, LABELS = blobs()
 
 
 @pytest.mark.parametrize(
@@ -146,8 +196,9 @@ INPUTS, LABELS = blobs()
         ({"validation_data": torch.zeros(0, 1, 8, 8)}, ValueError, r"`validation_data` .* empty"),
         ({"data": (INPUTS, LABELS - 1)}, ValueError, "has the label -1; labels must be 0 or more"),
         ({"data": (INPUTS, LABELS + 1)}, ValueError, "has 3 outputs and `data` 4 classes"),
-        ({"data": (INPUTS, LABELS.float())}, TypeError, r"and not \[48\] of torch.float32"),
-        ({"data": (INPUTS, LABELS[:, None])}, TypeError, r"and not \[48, 1\] of torch.int64"),
+        ({"data": (INPUTS, LABELS.float())}, TypeError, r"and not \[8\] of torch.float32"),
+        ({"data": (INPUTS, LABELS[:, None])}, TypeError, r"and not \[8, 1\] of torch.int64"),
+        ({"precision": "bf16-true"}, ValueError, r"`ema` \(=0.999\) can't average weights of 8"),
         ({"data": (INPUTS.double(), LABELS)}, ValueError, "`model` rejects inputs of 1x8x8"),
         ({"data": {"inputs": INPUTS}}, TypeError, r"`data` \(a dict\) must be"),
         ({"data": TooLong()}, TypeError, r"`data` \(a TooLong\) must be"),
@@ -223,9 +274,13 @@ def test_kernels_of_two_and_three_dimensions():
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_arithmetic_of_another_width(precision):
     model = seeded(net)
-    assert trained(model, precision=precision).run.steps == 6
+    ema = 0.0 if precision == "bf16-true" else 0.9
+    assert trained(model, precision=precision, ema=ema).run.steps == 6
+    wide = model.bfloat16() if precision == "bf16-true" else model.double()
+    assert trained(copy.deepcopy(wide), precision=precision, ema=ema).run.steps == 6
+    model.float()
     slim = copy.deepcopy(model)
-    options = {**QUICK, "precision": precision, "features": 0.0}
+    options = {**QUICK, "precision": precision, "features": 0.0, "ema": ema}
     result = finetune(slim, teacher=model, data=INPUTS, **options)
     assert result.run.steps == 6
     assert {weight.dtype for weight in (*result.parameters(), *model.parameters())} == {
@@ -234,11 +289,9 @@ def test_arithmetic_of_another_width(precision):
 
 
 class Listed(nn.Module):
-    def __init__(self, wraps=False):
+    def __init__(self):
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)])
-        self.block = nn.Module()
-        self.wraps = wraps
 
     def forward(self, input):
         for conv in self.convs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -109,7 +108,7 @@ def report(
     check_writable(out)
     from .. import conversion, cost, reporting
     from ..images import read_images, read_labelled
-    from ..reporting.writing import check
+    from ..reporting.writing import check, to_json
 
     check(out, style)
     cost.keep_freed_memory()
@@ -136,4 +135,4 @@ def report(
     )
     written = findings.write(out, style)
     click.echo(f"The report is {', '.join(map(str, written))}.", err=True)
-    return json.dumps(findings.to_dict(), indent=2) if as_json else findings.answer
+    return to_json(findings, indent=2) if as_json else findings.answer

@@ -119,7 +119,7 @@ def train(
         validation_data=names["validation_data"],
         out=out or Path("runs/train"),
         resume=resume,
-        names={key: value for key, value in names.items() if value is not None},
+        names=names,
         progress=_watched(),
         **given,
     )
@@ -170,7 +170,7 @@ def finetune(
         validation_data=names["validation_data"],
         out=out or Path("runs/finetune"),
         resume=resume,
-        names={key: value for key, value in names.items() if value is not None},
+        names=names,
         progress=_watched(),
         **given,
     )

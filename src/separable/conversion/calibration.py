@@ -66,7 +66,8 @@ class Inputs:
                 f"`calibration` holds a {type(item).__name__}; its items must be tensors or "
                 "pairs that begin with one"
             )
-        return item.to(self._device, self._dtype if item.is_floating_point() else item.dtype)
+        dtype = self._dtype if item.is_floating_point() else item.dtype
+        return item.to(self._device, dtype, copy=True)  # some networks write into it
 
     @torch.no_grad()
     def _probe(self, model: nn.Module) -> Tensor:
@@ -76,10 +77,10 @@ class Inputs:
             raise ValueError("`calibration` is empty; give at least one input")
         first = self._input(item)
         try:
-            self._single = _runs_unbatched(model, first)
+            self._single = _runs_unbatched(model, first.clone())
         except Exception as error:
             try:
-                model(first[None])
+                model(first[None].clone())
             except Exception:
                 raise ValueError(
                     f"`calibration`: the model rejects its first item, of shape "
@@ -90,7 +91,7 @@ class Inputs:
             return first
         joined = next(iter(self))
         try:
-            model(joined)
+            model(joined.clone())
         except Exception:  # a model of one input at a time
             self._most = 1
             return next(iter(self))

@@ -195,7 +195,7 @@ def _loss(
 ) -> Tensor:
     """Summed over the batch."""
     with torch.no_grad(), followed(original, names) as wanted:
-        goal = original(batch)
+        goal = original(batch.clone())  # some write into what they are given
     with followed(converted, names) as reached:
         output = converted(batch)
     if is_logits(goal):

@@ -109,7 +109,7 @@ def divergence(converted: nn.Module, original: nn.Module, inputs: Iterable[Tenso
     """How far the outputs moved: mean KL divergence of logits, else relative squared error."""
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in inputs:
-        old, new = original(batch), converted(batch)
+        old, new = original(batch.clone()), converted(batch)  # some write into what they are given
         if is_logits(old):
             old, new = old.double().log_softmax(1), new.double().log_softmax(1)
             sums[0] += F.kl_div(new, old, log_target=True, reduction="sum").item()

@@ -6,7 +6,9 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -139,6 +141,10 @@ _SOURCES: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
 }
 
 
+# by folder, the modules that files in it have imported from it
+_BESIDE: dict[str, set[str]] = {}
+
+
 def _from_file(path: Path, attribute: str, arguments: dict[str, Any]) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
@@ -162,7 +168,7 @@ def _from_file(path: Path, attribute: str, arguments: dict[str, Any]) -> nn.Modu
 
 def _run(path: Path) -> ModuleType:
     # no package has this name, and dataclasses and pickle find the module by it
-    name = f"separable_file_{path.stem}"
+    name = f"separable_file_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -175,10 +181,25 @@ def _run(path: Path) -> ModuleType:
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Let imports find the modules in `folder` first, as for a script in it."""
+    """Let imports find the modules in `folder` first, as for a script in it.
+
+    Those that a file of another folder has imported are forgotten, for they may have the same
+    names; what was made of them keeps them.
+    """
     entry = str(folder.resolve())
+    for other, names in _BESIDE.items():
+        if other != entry:
+            for name in names:
+                sys.modules.pop(name, None)
+            names.clear()
+    before = set(sys.modules)
     sys.path.insert(0, entry)
     try:
         yield
     finally:
         sys.path.remove(entry)
+        _BESIDE.setdefault(entry, set()).update(
+            name
+            for name in set(sys.modules) - before
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(entry + os.sep)
+        )

@@ -99,6 +99,7 @@ def report(
         Budget.parse(each)  # before the first of them is converted
     original = frozen_copy(model)
     given = make_inputs(original, input_size, inputs=inputs).args
+    given = tuple(each.clone() if isinstance(each, Tensor) else each for each in given)
     if data is not None:
         data = _checked(data, original)
     title = type(model).__name__ if title is None else title
@@ -298,22 +299,35 @@ def _judge(contenders: list[_Contender], calibration: Any, data: Batches | None)
             each.error = each.conversion.error
         elif seen is not None:
             each.error = divergence(each.network, first.network, seen)
-    for images, labels in data or ():
+    for batch in data or ():
         for each in contenders:
-            each.correct += _correct(each.network(images), labels)
-            each.tested += len(labels)
+            correct, tested = _correct(each.network, batch)
+            each.correct += correct
+            each.tested += tested
 
 
-def _correct(output: Any, labels: Tensor) -> int:
-    """How many inputs a network put into their class."""
+def _correct(network: nn.Module, batch: Any) -> tuple[int, int]:
+    """How many inputs a network put into their class, and of how many."""
+    pair = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+    images, labels = pair
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        kinds = " and ".join(type(each).__name__ for each in pair)
+        raise TypeError(f"`data` must be batches (inputs, labels) of tensors, not of {kinds}")
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"`data` has labels {list(labels.shape)} of {labels.dtype} for inputs "
+            f"{list(images.shape)}; they must be classes, [{len(images)}] whole numbers"
+        )
+    output = network(images.clone())  # some write into what they are given
     if not is_logits(output):
         raise ValueError("`data` is for networks that return one score per class, [N, classes]")
-    if len(labels) and int(labels.max()) >= output.shape[1]:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < output.shape[1]:
         raise ValueError(
-            f"`data` has a class {int(labels.max())} and `model` {output.shape[1]} outputs; "
-            "classes are counted from 0, one output each"
+            f"`data` has classes from {int(labels.min())} to {int(labels.max())} and `model` "
+            f"{output.shape[1]} outputs; classes are counted from 0, one output each"
         )
-    return int((output.argmax(1) == labels).sum())
+    return int((output.argmax(1) == labels).sum()), len(labels)
 
 
 @torch.no_grad()
@@ -321,8 +335,8 @@ def _checked(data: Batches, network: nn.Module) -> Batches:
     """The same, whose first batch is one of classes of the network."""
     batches = iter(data)
     first = list(itertools.islice(batches, 1))
-    for images, labels in first:
-        _correct(network(images), labels)
+    for batch in first:
+        _correct(network, batch)
     return itertools.chain(first, batches)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..writing import whole_files
 from .layers import to_csv
@@ -64,9 +65,22 @@ def write(findings: Findings, path: Path, format: str | None = None) -> tuple[Pa
     return tuple(contents)
 
 
+def to_json(findings: Findings, indent: int) -> str:
+    """The findings as JSON, which has no infinities: null in their place."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(findings.to_dict()), indent=indent, allow_nan=False)
+
+
 def _text(findings: Findings, format: str) -> str:
     if format == "json":
-        return json.dumps(findings.to_dict(), indent=1) + "\n"
+        return to_json(findings, indent=1) + "\n"
     if format == "csv":
         return to_csv(findings.layers)
     from .page import render

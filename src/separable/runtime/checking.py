@@ -15,7 +15,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     """Largest difference of two tensors, relative to the largest magnitude expected.
 
     It is infinite where the shapes differ, or where a value is missing or not finite that should
-    not be.
+    be, or the other way round.
     """
     if found.shape != expected.shape:
         return math.inf
@@ -23,8 +23,13 @@ def deviation(found: Tensor, expected: Tensor) -> float:
         return 0.0 if torch.equal(found, expected) else math.inf
     if not expected.numel():
         return 0.0
-    difference = (found.double() - expected.double()).abs().max().item()
-    if not math.isfinite(difference):
+    if not torch.equal(found.isfinite(), expected.isfinite()):
         return math.inf
-    scale = expected.abs().max().item()
-    return difference / scale if scale else difference
+    odd = ~expected.isfinite()
+    if not torch.equal(found[odd].nan_to_num(0.0), expected[odd].nan_to_num(0.0)):
+        return math.inf
+    difference = (found[~odd].double() - expected[~odd].double()).abs()
+    if not difference.numel():
+        return 0.0
+    worst, scale = difference.max().item(), expected[~odd].abs().max().item()
+    return worst / scale if scale else worst

@@ -60,6 +60,8 @@ def _answer(network: nn.Module, batch: Tensor, failure: str, name: str) -> Tenso
 def check_training(network: nn.Module, input: Tensor, batch_size: int, name: str) -> None:
     """Refuse a network that answers otherwise in training, or needs more inputs at once.
 
+    Two inputs are tried, and all of a pass where those do not do.
+
     Args:
         network: it is left as it was.
         input: without the batch's dimension.
@@ -71,26 +73,53 @@ def check_training(network: nn.Module, input: Tensor, batch_size: int, name: str
         ValueError: it rejects the batch.
     """
     parameter = next(network.parameters(), None)
-    batch = torch.stack([input] * min(batch_size, 2))
-    batch = batch if parameter is None else batch.to(parameter.device)
+    input = input if parameter is None else input.to(parameter.device)
     failure = f"`{name}` rejects `batch_size` (={batch_size}) in training"
-    with torch.random.fork_rng(devices=[]):
-        _answer(copy.deepcopy(network).train(), batch, failure, name)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        for count in sorted({min(batch_size, 2), batch_size}):
+            try:
+                _answer(copy.deepcopy(network).train(), torch.stack([input] * count), failure, name)
+                return
+            except ValueError:
+                if count == batch_size:
+                    raise
 
 
-def check_labels(labels: Any) -> Tensor:
-    """Return labels as int64.
+IGNORED = -100
+"""the label that cross-entropy leaves out"""
+
+
+def check_labels(labels: object, logits: torch.Size) -> Tensor:
+    """Return labels as cross-entropy takes them.
+
+    Args:
+        labels: classes `[N, *spatial]`, whole numbers, or probabilities of the logits' shape.
+        logits: the shape `[N, classes, *spatial]`.
 
     Raises:
-        TypeError: they are not `[N]` whole numbers.
+        TypeError: they are neither.
+        ValueError: one is not in 0 to classes - 1.
     """
+    expected, classes = [logits[0], *logits[2:]], logits[1]
+    kind = type(labels).__name__
     if isinstance(labels, Tensor):
-        if labels.ndim == 1 and not labels.is_floating_point() and not labels.is_complex():
-            return labels.long()
+        if labels.is_floating_point() and labels.shape == logits:
+            return labels
+        if not labels.is_floating_point() and list(labels.shape) == expected:
+            labels = labels.long()
+            seen = labels[labels != IGNORED] if labels.device.type == "cpu" else labels[:0]
+            # on a GPU, looking means waiting for it
+            if len(seen) and not 0 <= seen.min() <= seen.max() < classes:
+                raise ValueError(
+                    f"`data` has labels from {seen.min()} to {seen.max()}, and the network "
+                    f"{classes} outputs; labels must be in 0 to {classes - 1}"
+                )
+            return labels
         kind = f"{list(labels.shape)} of {labels.dtype}"
-    else:
-        kind = type(labels).__name__
-    raise TypeError(f"`data`: labels must be classes, [N] whole numbers, and not {kind}")
+    raise TypeError(
+        f"`data`: labels must be classes, {expected} whole numbers, or probabilities "
+        f"{list(logits)}, and not {kind}"
+    )
 
 
 def total_stride(network: nn.Module, input: Tensor) -> int:

@@ -110,6 +110,12 @@ def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has anything that a training took long to make."""
+    names = (f"{name}{ending}" for name in (LAST, BEST) for ending in (".ckpt", ".safetensors"))
+    return any((folder / name).exists() for name in names)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a run goes on from, if there is one."""
     path = folder / f"{LAST}.ckpt"

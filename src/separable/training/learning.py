@@ -37,27 +37,24 @@ def inputs_of(batch: Any) -> Tensor:
     return inputs
 
 
-def labels_of(batch: Any, classes: int) -> Tensor:
-    """The labels of a batch `(inputs, labels)`: `[N]`, int64.
+def labels_of(batch: Any, logits: Tensor) -> Tensor:
+    """The labels of a batch `(inputs, labels)`, as cross-entropy takes them.
+
+    Args:
+        batch: its labels are classes `[N, *spatial]`, or probabilities `[N, classes, *spatial]`.
+        logits: `[N, classes, *spatial]`.
 
     Raises:
-        TypeError: there are none, or they are no classes.
-        ValueError: a label is not in 0 to `classes` - 1.
+        TypeError: there are no labels, or they are of another kind.
+        ValueError: a label is no class of the network, or the network returns no logits.
     """
     if not isinstance(batch, Sequence) or len(batch) < 2:
         raise TypeError("`data` yields no labels; training with labels needs (inputs, labels)")
-    labels = check_labels(batch[1])
-    # on a GPU, looking means waiting for it
-    if (
-        labels.device.type == "cpu"
-        and len(labels)
-        and not 0 <= labels.min() <= labels.max() < classes
-    ):
+    if logits.ndim < 2:
         raise ValueError(
-            f"`data` has labels from {labels.min()} to {labels.max()}, and the network {classes} "
-            f"outputs; labels must be in 0 to {classes - 1}"
+            f"`model` returns {list(logits.shape)}; training with labels needs logits [N, classes]"
         )
-    return labels
+    return check_labels(batch[1], logits.shape)
 
 
 class Learning(LightningModule):
@@ -134,19 +131,29 @@ class Learning(LightningModule):
             )
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=False, prog_bar=True)
 
-    def check_finite(self, weights: Mapping[str, Any]) -> None:
+    def check_finite(self, weights: Mapping[str, Any], first: Mapping[str, Any]) -> None:
         """Refuse what a training ended with if its last step has spoilt it.
 
+        Args:
+            weights: with statistics.
+            first: those it began with; a mask of infinities is no harm.
+
         Raises:
-            ValueError: a trained weight is no number.
+            ValueError: a weight is no number any more.
         """
-        for name, parameter in self.network.named_parameters():
-            weight = weights.get(name, parameter)
-            if parameter.requires_grad and not weight.isfinite().all():
+        for name, weight in weights.items():
+            if _is_finite(first.get(name)) and not _is_finite(weight):
                 raise ValueError(
                     f"the weight {name!r} is no number after {self.global_step} steps: the "
                     f"training diverged; lower `lr` (={self.recipe.peak_lr:g})"
                 )
+
+
+def _is_finite(weight: Any) -> bool:
+    # the smallest floats can't be asked
+    if not isinstance(weight, Tensor) or weight.itemsize == 1:
+        return True
+    return bool(weight.isfinite().all())
 
 
 class Supervised(Learning):
@@ -161,7 +168,7 @@ class Supervised(Learning):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch `(inputs, labels)`."""
         logits = self.network(inputs_of(batch)).float()
-        labels = labels_of(batch, logits.shape[1])
+        labels = labels_of(batch, logits)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         self.record_loss(loss)
         return loss
@@ -169,7 +176,7 @@ class Supervised(Learning):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the validation's loss and accuracy."""
         logits = self.network(inputs_of(batch)).float()
-        labels = labels_of(batch, logits.shape[1])
+        labels = labels_of(batch, logits)
         self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
         self.accuracy.update(logits.argmax(1), labels)
         self.record("val_loss", self.loss)
@@ -203,7 +210,7 @@ class Distilling(Learning):
 
     def on_fit_start(self) -> None:
         """Put the teacher where the student is, in its arithmetic."""
-        self.held.teacher.to(self.device, next(self.network.parameters()).dtype)
+        self.held.teacher.to(self.device, self.recipe.dtype)
 
     def on_train_start(self) -> None:
         """Keep the statistics of batch norm in an epoch that is resumed, too."""
@@ -225,7 +232,7 @@ class Distilling(Learning):
             outputs = self.network(inputs)
         loss = divergence(outputs.float(), goal.float(), recipe.temperature).mean()
         if recipe.labels:
-            labels = labels_of(batch, outputs.shape[1])
+            labels = labels_of(batch, outputs)
             hard = F.cross_entropy(outputs.float(), labels, label_smoothing=recipe.label_smoothing)
             loss = (loss + hard) / 2
         if features is not None:

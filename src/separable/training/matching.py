@@ -96,7 +96,7 @@ class Matching:
         """Mean over the modules of the squared error, relative to the teacher's variance."""
         of_student, of_teacher = self.seen
         errors = []
-        if not of_student or of_student.keys() != of_teacher.keys():
+        if not of_student or of_student.keys() - of_teacher.keys():
             called = ", ".join(of_student) or "none"
             raise ValueError(
                 f"`blocks`: of {', '.join(self.names)} the student calls {called}, the teacher "

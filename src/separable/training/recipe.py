@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
+import torch
+
 from ..images import IMAGENET_MEAN, IMAGENET_STD
 
 Optimizer = Literal["sgd", "adamw"]
@@ -142,6 +144,11 @@ class Recipe:
     def is_relative(self) -> bool:
         """Whether each tensor's rate is multiplied by its size."""
         return bool(self.relative)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the network is turned into; None leaves it as it is."""
+        return {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(self.precision)
 
     @property
     def decay(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -68,13 +69,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_config(folder: Path, recipe: Recipe, names: Mapping[str, str]) -> None:
+def write_config(folder: Path, recipe: Recipe, names: Mapping[str, str | None]) -> None:
     """Write what was trained on what and how; `--config` reads it again."""
     content = {**names, **recipe.to_dict()}
     write_text(folder / CONFIG, yaml.safe_dump(content, sort_keys=False))
 
 
-def check_config(folder: Path, recipe: Recipe, names: Mapping[str, str]) -> None:
+def check_config(folder: Path, recipe: Recipe, names: Mapping[str, str | None]) -> None:
     """Refuse to resume a run with what would have given another result.
 
     Raises:
@@ -90,10 +91,11 @@ def check_config(folder: Path, recipe: Recipe, names: Mapping[str, str]) -> None
             "its place, or start again in another folder"
         )
     now = {**names, **recipe.to_dict()}
-    fields = dataclasses.fields(recipe)
-    changeable = {f.name for f in fields if f.metadata["resumable"] or f.name not in before}
-    for name in {**before, **now}:  # also what is left out now
-        if name not in changeable and before.get(name) != now.get(name):
+    changeable = {f.name for f in dataclasses.fields(recipe) if f.metadata["resumable"]}
+    # a run of an earlier version does not say what there was no choice of
+    before = {**type(recipe)().to_dict(), **dict.fromkeys(names), **before}
+    for name in before:  # also what is left out now
+        if name not in changeable and before[name] != now.get(name):
             raise ValueError(
                 f"`{name}` (={now.get(name)!r}) was {before.get(name)!r} when the run in "
                 f"{str(folder)!r} began; resume it with the same, or start another in another "
@@ -123,14 +125,15 @@ def write_environment(folder: Path, device: torch.device, processes: int) -> Non
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, without their empty cells."""
+    """The whole rows of a metrics file, without their empty cells."""
     if not path.is_file():
         return []
+    rows = []
     with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {key: float(cell) for key, cell in row.items() if cell not in ("", None)}
-            for row in csv.DictReader(file)
-        ]
+        for row in csv.DictReader(file):
+            with contextlib.suppress(ValueError):  # of a row that was cut
+                rows.append({key: float(cell) for key, cell in row.items() if cell})
+    return rows
 
 
 def csv_logger(folder: Path, steps: int) -> CSVLogger:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
@@ -49,8 +51,6 @@ from .records import (
     write_config,
     write_environment,
 )
-
-_DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Place:
 
     folder: Path
     resume: bool
-    names: Mapping[str, str]
+    names: Mapping[str, str | None]
 
     @property
     def checkpoint(self) -> Path | None:
@@ -128,8 +128,8 @@ def run(
     if place is not None and checkpoint is not None:
         check_config(place.folder, recipe, place.names)
         check_shapes(checkpoint, network)
-    if recipe.precision in _DTYPES:
-        network.to(_DTYPES[recipe.precision])  # before the average of the weights copies it
+    if recipe.dtype is not None:
+        network.to(recipe.dtype)  # before the average of the weights copies it
     if recipe.channels_last:
         for weight in network.parameters():
             if weight.ndim == 4:
@@ -152,7 +152,7 @@ def run(
             write_environment(place.folder, trainer.strategy.root_device, trainer.world_size)
         trainer.fit(learning, datamodule=feeding, ckpt_path=checkpoint, weights_only=True)
     weights = _trained(trainer, learning, checkpoint)
-    learning.check_finite(weights)
+    learning.check_finite(weights, model.state_dict())
     if place is not None and trainer.is_global_zero:
         draw_curves(place.folder)
     result = copy.deepcopy(model).eval()
@@ -197,13 +197,18 @@ def _trainer(
                 f"`ema` (={recipe.ema}) can't average weights that `strategy` "
                 f"(={recipe.strategy!r}) shards; use ema=0"
             )
+        if recipe.dtype is torch.bfloat16:
+            raise ValueError(
+                f"`ema` (={recipe.ema}) can't average weights of 8 bits, which `precision` "
+                f"(={recipe.precision!r}) makes them: small steps vanish; use ema=0"
+            )
         callbacks.append(averaging(recipe.ema))
     if place is not None:
         monitor = learning.monitor if validates(feeding) else None
         callbacks += checkpoint_callbacks(place.folder, recipe.checkpoint_every, monitor)
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     plugins: list[Any] = [Checkpoints(learning.network)]
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # its own checkpoints at a signal would lie in the working directory, for any run to take
         plugins.append(SLURMEnvironment(auto_requeue=False))
     devices, nodes = _devices(recipe)
@@ -220,7 +225,8 @@ def _trainer(
         use_distributed_sampler=False,  # the batches of each process are drawn for it
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if validates(feeding) else 0,
-        default_root_dir=None if place is None else place.folder,
+        # where Lightning looks for checkpoints of SLURM's: never in the working directory
+        default_root_dir=os.devnull if place is None else place.folder,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=place is not None,
@@ -275,6 +281,7 @@ def _interruptible() -> Iterator[None]:
     At Ctrl-C Lightning exits with 1, and ignores it from then on; what is being written then
     fails with errors of its own.
     """
+    outer = sys.exception()  # what the caller is handling
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -283,7 +290,7 @@ def _interruptible() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGTERM) from None
     except BaseException as error:
         cause: BaseException | None = error
-        while cause is not None:
+        while cause is not None and cause is not outer:
             if isinstance(cause, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             cause = cause.__context__

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from ..images import centre_crop, find_images, no_images, open_image, standardise, transforms
 from .augmenting import augmentation, flipped, shifted
-from .checking import check_labels
 from .digits import CLASSES as DIGITS
 from .digits import IMAGE_SIZE as SMALL
 from .digits import load_digits
@@ -125,7 +124,9 @@ def open_source(
         return source
     try:
         other = _opened(validation, recipe, labels, channels)
-    except (ValueError, TypeError, OSError) as error:  # they name the argument
+    except (ValueError, TypeError, OSError) as error:
+        if "`data`" not in str(error):
+            raise
         raise type(error)(str(error).replace("`data`", "`validation_data`")) from error
     part = other.train if other.validation is None else other.validation
     if not len(part):
@@ -150,8 +151,8 @@ def _opened(data: Any, recipe: Recipe, labels: bool, channels: int) -> Source:
     if is_plain(data):
         workers = data.num_workers
         return Source(data.dataset, augmented=_augmented(recipe), workers=workers, loader=data)
-    if isinstance(data, tuple | list):
-        data = type(data)(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in data)
+    if isinstance(data, tuple):
+        data = tuple(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in data)
     if isinstance(data, Tensor | np.ndarray):
         data = TensorDataset(torch.as_tensor(data))
     elif isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
@@ -159,7 +160,9 @@ def _opened(data: Any, recipe: Recipe, labels: bool, channels: int) -> Source:
             raise ValueError("`data`: inputs and labels must be as many as each other")
         data = TensorDataset(*data)
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if indexed and not isinstance(data, Mapping | IterableDataset):
+    # every dataset has the method, one that is only iterated has torch's, which raises
+    iterated = isinstance(data, Dataset) and type(data).__getitem__ is Dataset.__getitem__
+    if indexed and not iterated and not isinstance(data, Mapping):
         classes = None
         if labels and isinstance(data, TensorDataset) and len(data.tensors) > 1 and len(data):
             classes = _classes(data.tensors[1])
@@ -170,9 +173,10 @@ def _opened(data: Any, recipe: Recipe, labels: bool, channels: int) -> Source:
     )
 
 
-def _classes(labels: Tensor) -> int:
+def _classes(labels: Tensor) -> int | None:
     """How many classes labels tell apart: one, or as many as the largest asks for."""
-    labels = check_labels(labels)
+    if labels.ndim != 1 or labels.is_floating_point():
+        return None  # dense or soft ones, which each step looks at
     if labels.min() < 0:
         raise ValueError(f"`data` has the label {labels.min()}; labels must be 0 or more")
     return 1 if len(labels.unique()) == 1 else int(labels.max()) + 1

@@ -11,11 +11,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ..models import create_model
 from .checking import check_classes, check_training, input_channels, outputs_of
-from .checkpoints import last_checkpoint
+from .checkpoints import holds_run
 from .feeding import Feeding, Given, resumable
 from .learning import Distilling, Supervised
 from .loading import WEIGHTS, drawing, is_plain
@@ -32,7 +32,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     recipe: Recipe | None = None,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, str | None] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -92,8 +92,10 @@ def train(
         with drawing(recipe.seed, WEIGHTS):
             model = create_model(model if given else f"{model},num_classes={classes}")
     if sample is not None:
+        sample = _cast(sample, model, recipe)
         check_classes(outputs_of(model, sample, "model"), classes, "model")
-        check_training(model, sample, recipe.batch_size // recipe.accumulate, "model")
+        size = feeding.batch_size if isinstance(feeding, Feeding) else recipe.batch_size
+        check_training(model, sample, max(1, size // recipe.accumulate), "model")
     return run(model, Supervised(_trainable(model, "model"), recipe), feeding, place, progress)
 
 
@@ -106,7 +108,7 @@ def finetune(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     recipe: Distillation | None = None,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, str | None] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -157,13 +159,14 @@ def finetune(
         data, validation_data, recipe, recipe.labels, input_channels(teacher)
     )
     if sample is not None:
+        sample = _cast(sample, teacher, recipe)
         goal, made = outputs_of(teacher, sample, "teacher"), outputs_of(student, sample, "student")
         if goal.shape != made.shape:
             raise ValueError(
                 f"`student` returns {tuple(made.shape)} and `teacher` {tuple(goal.shape)} for one "
                 "input; they must agree"
             )
-        if recipe.labels:
+        if recipe.labels and made.ndim == 2:
             check_classes(made, classes, "student")
     frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
     learning = Distilling(_trainable(student, "student"), frozen, recipe)
@@ -177,19 +180,28 @@ def _recipe(
 ) -> AnyRecipe:
     if recipe is None:
         return kind.of(options)
-    if type(recipe) is not kind:
+    is_other = kind is Recipe and isinstance(recipe, Distillation)
+    if not isinstance(recipe, kind) or is_other:
         raise TypeError(f"`recipe` (a {type(recipe).__name__}) must be a {kind.__name__}")
     before = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     return kind.of({**before, **options})
 
 
-def _names(**arguments: Any) -> dict[str, str]:
+def _cast(sample: Tensor, network: nn.Module, recipe: Recipe) -> Tensor:
+    """An input as a network gets it where the precision turns inputs into its type."""
+    parameter = next(network.parameters(), None)
+    if parameter is None or recipe.precision == "32-true" or not sample.is_floating_point():
+        return sample
+    return sample.to(parameter.dtype)
+
+
+def _named(value: Any) -> str:
+    return str(value) if isinstance(value, str | Path) else type(value).__name__
+
+
+def _names(**arguments: Any) -> dict[str, str | None]:
     """What a run's configuration says of its networks and data: their names, or their types."""
-    return {
-        key: str(value) if isinstance(value, str | Path) else type(value).__name__
-        for key, value in arguments.items()
-        if value is not None
-    }
+    return {key: value if value is None else _named(value) for key, value in arguments.items()}
 
 
 def _trainable(model: nn.Module, name: str) -> nn.Module:
@@ -202,14 +214,14 @@ def _trainable(model: nn.Module, name: str) -> nn.Module:
 
 
 def _place(
-    out: str | os.PathLike[str] | None, resume: bool, names: Mapping[str, str]
+    out: str | os.PathLike[str] | None, resume: bool, names: Mapping[str, str | None]
 ) -> Place | None:
     if out is None:
         if resume:
             raise ValueError("`resume` needs the folder of a run: `out`")
         return None
     folder = Path(out)
-    if is_first_process() and not resume and last_checkpoint(folder) is not None:
+    if is_first_process() and not resume and holds_run(folder):
         raise ValueError(
             f"`out` (={str(folder)!r}) holds a run already; resume it, or name another folder"
         )
@@ -229,7 +241,8 @@ def _feeding(
         _check_augment(recipe, "a LightningDataModule")
         return resumable(data, recipe, labels), None, None
     if _loads(data) and not is_plain(data):
-        if validation is not None and not _loads(validation):
+        batches = _loads(validation) or isinstance(validation, IterableDataset)
+        if validation is not None and not batches:
             raise ValueError(
                 f"`validation_data` (a {type(validation).__name__}) must be a loader too, where "
                 "`data` is one with a sampler of its own"
