@@ -70,6 +70,16 @@ def test_file(file):
     assert sys.path == path_before
 
 
+def test_files_of_the_same_name_have_modules_of_their_own(tmp_path):
+    for folder, width in (("a", 4), ("b", 6)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "beside.py").write_text(f"WIDTH = {width}\n")
+        source = "from torch import nn\nfrom beside import WIDTH\nnet = nn.Linear(1, WIDTH)\n"
+        (tmp_path / folder / "nets.py").write_text(source)
+    widths = [create_model(f"{tmp_path / name}/nets.py:net").out_features for name in "aba"]
+    assert widths == [4, 6, 4]
+
+
 def test_what_a_file_raises_passes_through(file):
     with pytest.raises(KeyError, match="oops"):
         create_model(f"{file}:broken")
