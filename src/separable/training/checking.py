@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _ENLARGED = 16
+_IGNORED = -100
+"""the label that cross-entropy leaves out"""
 
 
 def input_channels(network: nn.Module) -> int:
@@ -85,10 +87,6 @@ def check_training(network: nn.Module, input: Tensor, batch_size: int, name: str
                     raise
 
 
-IGNORED = -100
-"""the label that cross-entropy leaves out"""
-
-
 def check_labels(labels: object, logits: torch.Size) -> Tensor:
     """Return labels as cross-entropy takes them.
 
@@ -107,8 +105,8 @@ def check_labels(labels: object, logits: torch.Size) -> Tensor:
             return labels
         if not labels.is_floating_point() and list(labels.shape) == expected:
             labels = labels.long()
-            seen = labels[labels != IGNORED] if labels.device.type == "cpu" else labels[:0]
             # on a GPU, looking means waiting for it
+            seen = labels[labels != _IGNORED] if labels.device.type == "cpu" else labels[:0]
             if len(seen) and not 0 <= seen.min() <= seen.max() < classes:
                 raise ValueError(
                     f"`data` has labels from {seen.min()} to {seen.max()}, and the network "

@@ -199,8 +199,8 @@ def _trainer(
             )
         if recipe.dtype is torch.bfloat16:
             raise ValueError(
-                f"`ema` (={recipe.ema}) can't average weights of 8 bits, which `precision` "
-                f"(={recipe.precision!r}) makes them: small steps vanish; use ema=0"
+                f"`ema` (={recipe.ema}) can't average weights of 8 significant bits, which "
+                f"`precision` (={recipe.precision!r}) makes them: small steps vanish; use ema=0"
             )
         callbacks.append(averaging(recipe.ema))
     if place is not None:
