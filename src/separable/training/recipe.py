@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
-import torch
-
 from ..images import IMAGENET_MEAN, IMAGENET_STD
+
+if typing.TYPE_CHECKING:
+    import torch
 
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["none", "shift", "flip-shift", "flip-crop"]
@@ -148,6 +149,8 @@ class Recipe:
     @property
     def dtype(self) -> torch.dtype | None:
         """What the network is turned into; None leaves it as it is."""
+        import torch  # not for the help of a command
+
         return {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(self.precision)
 
     @property
