@@ -128,8 +128,6 @@ def test_from_every_step(tmp_path, steps, options):
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 def test_distillation_from_the_middle_of_an_epoch(tmp_path, batch_norm):
-    teacher, inputs = seeded(net), blobs()[0]
-
     class Broken(torch.nn.Module):
         left = 3
 
@@ -142,10 +140,11 @@ def test_distillation_from_the_middle_of_an_epoch(tmp_path, batch_norm):
 
     options = {
         "features": 0.0, "batch_norm": batch_norm, "batch_size": 8, "checkpoint_every": 1,
-        "progress": False, "data": inputs,
+        "progress": False, "data": blobs()[0],
     }  # fmt: skip
-    pair = (torch.nn.Sequential(seeded(net, seed=n), torch.nn.Identity()) for n in (1, 0))
-    student, teacher = pair
+    student, teacher = (
+        torch.nn.Sequential(seeded(net, seed=n), torch.nn.Identity()) for n in (1, 0)
+    )
     whole = finetune(student, teacher=teacher, out=tmp_path / "whole", **options)
     broken = torch.nn.Sequential(student[0], Broken())
     with pytest.raises(RuntimeError, match="killed"):
@@ -251,9 +250,6 @@ def test_records_that_were_cut_do_not_stop_it(tmp_path, cut):
         train(network, blobs(), out=tmp_path, resume=True, **OPTIONS)
 
 
-running_trainer = running.Trainer
-
-
 def test_sigterm_ends_a_process_as_it_does_elsewhere(tmp_path):
     process = start(tmp_path)
     while steps(tmp_path) < 1 and process.poll() is None:
@@ -271,9 +267,9 @@ def test_under_slurm_nothing_lies_about_for_other_runs(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(f"SLURM_{name}", value)
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
-    seen = []
+    seen, trainer = [], running.Trainer
     monkeypatch.setattr(
-        running, "Trainer", lambda **options: seen.append(running_trainer(**options)) or seen[-1]
+        running, "Trainer", lambda **options: seen.append(trainer(**options)) or seen[-1]
     )
     result = train(seeded(net), blobs(), out=tmp_path / "run", **OPTIONS)
     assert result.run.steps == 10

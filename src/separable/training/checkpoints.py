@@ -122,13 +122,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_shapes(checkpoint: Path, network: nn.Module) -> None:
+def check_shapes(saved: Mapping[str, Any], checkpoint: Path, network: nn.Module) -> None:
     """Refuse a checkpoint of another network, as data of more classes would make it.
+
+    Args:
+        saved: what `checkpoint` holds.
+        checkpoint: the file.
+        network: is to go on from it.
 
     Raises:
         ValueError: a weight has another shape.
     """
-    before = weights_of(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    before = weights_of(saved["state_dict"])
     for name, now in network.state_dict().items():
         then = before.get(name)
         if isinstance(then, Tensor) and isinstance(now, Tensor) and then.shape != now.shape:
@@ -146,10 +151,16 @@ def remove_partial(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def steps_of(checkpoint: Path) -> int:
-    """How many optimiser steps a checkpoint has seen."""
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds: the state of the training, and how many steps it has seen.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+        saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        int(saved["global_step"]), saved["state_dict"]  # or it is damaged
+        return saved
     except UNREADABLE as error:
         raise ValueError(
             f"`out`: {str(checkpoint)!r} is damaged; put a copy of it in its place, or start again "

@@ -34,8 +34,8 @@ from .checkpoints import (
     check_shapes,
     checkpoint_callbacks,
     last_checkpoint,
+    read_checkpoint,
     remove_partial,
-    steps_of,
     weights_of,
 )
 from .feeding import Feeding, validates
@@ -121,13 +121,13 @@ def run(
         progress: whether to show a progress bar.
     """
     recipe, network = learning.recipe, learning.network
-    checkpoint = None
-    if place is not None:
-        checkpoint = place.checkpoint
-    done = 0 if checkpoint is None else steps_of(checkpoint)
+    checkpoint, done = None if place is None else place.checkpoint, 0
     if place is not None and checkpoint is not None:
+        saved = read_checkpoint(checkpoint)
         check_config(place.folder, recipe, place.names)
-        check_shapes(checkpoint, network)
+        check_shapes(saved, checkpoint, network)
+        done = int(saved["global_step"])
+        del saved  # the trainer reads its own
     if recipe.dtype is not None:
         network.to(recipe.dtype)  # before the average of the weights copies it
     if recipe.channels_last:
@@ -171,10 +171,11 @@ def run(
 
 def _trained(trainer: Trainer, learning: Learning, checkpoint: Path | None) -> dict[str, Any]:
     """The weights that a training ended with, by their names in the network."""
-    if checkpoint is not None and steps_of(checkpoint) == trainer.global_step:
-        # it had finished before, and its averaged weights are in the checkpoint alone
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        return weights_of(saved["state_dict"])
+    if checkpoint is not None:
+        saved = read_checkpoint(checkpoint)
+        if int(saved["global_step"]) == trainer.global_step:
+            # it had finished before, and its averaged weights are in the checkpoint alone
+            return weights_of(saved["state_dict"])
     if isinstance(trainer.strategy, FSDPStrategy):
         assert trainer.strategy.model is not None
         whole = StateDictOptions(full_state_dict=True)  # each process has a part of every tensor
