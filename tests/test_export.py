@@ -152,7 +152,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_a_fixed_batch_size_needs_to_be_asked_for(tmp_path, format):
     path = tmp_path / FILES[format]
-    with pytest.raises(ValueError, match="dynamic_batch=False"):
+    with pytest.raises(ValueError, match="fixed.*: `dynamic_batch=False`"):
         separable.export(Fixed(), path, example=EXAMPLE, progress=False)
     assert not os.listdir(tmp_path)
     done = separable.export(Fixed(), path, example=EXAMPLE, dynamic_batch=False, progress=False)
@@ -178,7 +178,7 @@ def test_real_inputs_are_compared_too(tmp_path):
         dynamic_batch=False,
         progress=False,
     )
-    assert (fixed.checks, fixed.batch_sizes) == (4, (2,))  # two of two, the fifth is left out
+    assert (fixed.checks, fixed.batch_sizes) == (5, (2,))  # 2, 2, and the fifth twice
 
 
 class Pair(nn.Module):
@@ -250,6 +250,7 @@ def test_ctrl_c_leaves_the_old_file(tmp_path, monkeypatch):
         ({"format": "tflite"}, ValueError, r"`format` \(='tflite'\) must be one of"),
         ({"path": "net.pt2", "opset": 18}, ValueError, r"`opset` \(=18\) is for onnx"),
         ({"opset": 99}, ValueError, "99"),
+        ({"format": "safetensors"}, ValueError, "contradicts the ending of `path`.*that of onnx"),
         ({"path": "none/net.onnx"}, FileNotFoundError, "there is no folder"),
         ({"example": [1, 2]}, TypeError, "`example` must be a tensor"),
         ({"example": torch.zeros(2, 5, 12, 12)}, ValueError, "does not take `example`"),
@@ -297,6 +298,32 @@ def test_infinities_that_the_model_returns_are_no_difference(tmp_path):
 def test_half_precision_is_compared_as_coarsely_as_it_rounds(converted, tmp_path):
     model = copy.deepcopy(converted).half()
     separable.export(model, tmp_path / "a.onnx", example=torch.randn(2, 3, 12, 12).half())
+
+
+class Deciding(nn.Module):
+    def forward(self, input):
+        return input if input.sum() > 0 else -input
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_why_a_network_can_not_be_exported(tmp_path, capfd, format, dynamic):
+    with pytest.raises(ValueError) as raised:
+        separable.export(
+            Deciding(), tmp_path / FILES[format], example=EXAMPLE, dynamic_batch=dynamic
+        )
+    assert "data-dependent" in str(raised.value)
+    assert "dynamic_batch" not in str(raised.value)
+    assert "def forward" not in "".join(capfd.readouterr())
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_that_onnxruntime_does_not_run(tmp_path, dtype):
+    model, example = nn.Conv2d(3, 4, 3).to(dtype), EXAMPLE.to(dtype)
+    with pytest.raises(ValueError, match="onnxruntime, which checks the file, can't run it.*float"):
+        separable.export(model, tmp_path / "a.onnx", example=example, progress=False)
+    assert not os.listdir(tmp_path)
 
 
 def test_real_inputs_come_in_batches(tmp_path):

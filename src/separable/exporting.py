@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from .conversion.sites import frozen_copy
 from .failures import in_a_line
 from .progress import progress as progress_bar
 from .runtime.checking import TOLERANCE, deviation
-from .runtime.onnx_graph import onnx_program
+from .runtime.onnx_graph import onnx_program, quiet
 from .writing import whole_files
 
 Format = Literal["onnx", "torch-export", "safetensors"]
@@ -136,11 +137,17 @@ def export(
 
 
 def _checked_format(path: Path, format: str | None, opset: int | None) -> Format:
-    chosen = ENDINGS.get(path.suffix) if format is None else format
+    ending = ENDINGS.get(path.suffix)
+    chosen = ending if format is None else format
     if chosen not in get_args(Format):
         raise ValueError(
             f"`format` (={chosen!r}) must be one of {', '.join(get_args(Format))}, by itself or by "
             f"the ending of `path` (={str(path)!r}): {', '.join(ENDINGS)}"
+        )
+    if ending not in (None, chosen):
+        raise ValueError(
+            f"`format` (={chosen!r}) contradicts the ending of `path` (={str(path)!r}), which is "
+            f"that of {ending}; change one of them"
         )
     if opset is not None and chosen != "onnx":
         raise ValueError(f"`opset` (={opset}) is for onnx, not for {chosen}; leave it out")
@@ -168,7 +175,7 @@ def _batches(
         return tuple(
             torch.randn(number, *each.shape[1:], generator=generator).to(each.dtype)
             if each.is_floating_point()
-            else each[torch.arange(number) % len(each)]
+            else _repeated(each, number)
             for each in args
         )
 
@@ -178,7 +185,8 @@ def _batches(
         yield noise(size + 1)
     for batch in inputs:
         parts = [batch] if dynamic else batch.split(size)
-        yield from ((part,) for part in parts if dynamic or len(part) == size)
+        # where the size is fixed, the last ones are repeated to fill a batch
+        yield from ((part if dynamic else _repeated(part, size),) for part in parts if len(part))
 
 
 @torch.no_grad()
@@ -236,6 +244,10 @@ def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(each.clone() for each in args)
 
 
+def _repeated(batch: Tensor, number: int) -> Tensor:
+    return batch[torch.arange(number) % len(batch)]
+
+
 def _leaves(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
@@ -248,13 +260,22 @@ def _traceable(args: tuple[Tensor, ...], dynamic: bool) -> tuple[tuple[Tensor, .
     if not dynamic:
         return args, None
     axis = torch.export.Dim("batch")
-    larger = tuple(each[torch.arange(max(2, len(each))) % len(each)] for each in args)
+    larger = tuple(_repeated(each, max(2, len(each))) for each in args)
     return larger, tuple({0: axis} for _ in args)
 
 
-def _failed(format: Format, dynamic: bool, error: Exception) -> ValueError:
-    hint = "; a fixed batch size may do: `dynamic_batch=False`" if dynamic else ""
-    return ValueError(f"`model` can't be exported as {format} ({in_a_line(error)}){hint}")
+def _failed(
+    format: Format, model: nn.Module, args: tuple[Tensor, ...], dynamic: bool, error: Exception
+) -> ValueError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # torch wraps it in advice about its own options
+        cause = cause.__cause__
+    hint = ""
+    if dynamic:
+        with contextlib.suppress(Exception), quiet():
+            torch.export.export(model, args)
+            hint = "; with a fixed batch size it can: `dynamic_batch=False`"
+    return ValueError(f"`model` can't be exported as {format} ({in_a_line(cause)}){hint}")
 
 
 def _write_onnx(
@@ -265,7 +286,7 @@ def _write_onnx(
         program = onnx_program(model, larger, shapes, opset)
         made = int(program.model.opset_imports[""])
     except Exception as error:  # torch raises its own kinds for what it can't trace
-        raise _failed("onnx", dynamic, error) from error
+        raise _failed("onnx", model, args, dynamic, error) from error
     if opset is not None and made != opset:
         raise ValueError(
             f"`opset` (={opset}) can't be reached from the graph that torch makes (={made}); "
@@ -278,7 +299,13 @@ def _write_onnx(
 def _run_onnx(_: nn.Module, path: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own kinds, as for operators without a kernel for a dtype
+        raise ValueError(
+            f"onnxruntime, which checks the file, can't run it ({in_a_line(error)}); export a "
+            "float32 copy (`copy.deepcopy(model).float()`), or as torch-export"
+        ) from error
     names = [each.name for each in session.get_inputs()]
 
     def run(*batch: Tensor) -> list[Tensor]:
@@ -293,9 +320,10 @@ def _write_program(
 ) -> None:
     larger, shapes = _traceable(args, dynamic)
     try:
-        program = torch.export.export(model, larger, dynamic_shapes=shapes)
+        with quiet():
+            program = torch.export.export(model, larger, dynamic_shapes=shapes)
     except Exception as error:
-        raise _failed("torch-export", dynamic, error) from error
+        raise _failed("torch-export", model, args, dynamic, error) from error
     with path.open("wb") as file:
         torch.export.save(program, file)
 

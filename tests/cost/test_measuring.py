@@ -1,6 +1,7 @@
 """Measuring leaves everything as it was, and does the arithmetic of times and memory right."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -370,8 +371,11 @@ def test_measurement_says_on_what_and_prints():
         (nn.ReLU(), {"inputs": X, "input_size": (3, 4)}, TypeError, "exclude each other"),
         (nn.ReLU(), {"inputs": X, "repeats": 0}, ValueError, r"`repeats` \(=0\) must be at least"),
         (nn.ReLU(), {"inputs": X, "warmup": 0}, ValueError, r"`warmup` \(=0\) must be at least 1"),
-        (nn.ReLU(), {"inputs": X, "threads": 0}, ValueError, r"`threads` \(=0\) must be at least"),
+        (nn.ReLU(), {"inputs": X, "threads": 0}, ValueError, r"`threads` \(=0\) must be a whole"),
+        (nn.ReLU(), {"inputs": X, "threads": 10**6}, ValueError, r"`threads` \(=1000000\) must"),
+        (nn.ReLU(), {"inputs": X, "threads": 1.5}, ValueError, r"`threads` \(=1.5\) must"),
         (nn.ReLU(), {"inputs": X, "min_seconds": -1}, ValueError, r"`min_seconds` \(=-1\) must"),
+        (nn.ReLU(), {"inputs": X, "min_seconds": math.nan}, ValueError, "`min_seconds` .=nan"),
         (nn.ReLU(), {"inputs": X.to("meta")}, ValueError, "meta device do not compute"),
         (
             torch.relu,

@@ -13,6 +13,7 @@ from torch import nn
 
 import separable
 from separable.runtime import CompiledModel
+from separable.runtime.dynamo import backend
 
 from .kernels import assert_as_exact_as_eager
 
@@ -398,6 +399,10 @@ def test_compile_rejects() -> None:
         separable.compile(small().train(), x)
     with pytest.raises(ValueError, match="`threads`"):
         separable.compile(small(), x, threads=0)
+    with pytest.raises(ValueError, match="`threads`"):
+        separable.compile(small(), x, threads=10**6)
+    with pytest.raises(ValueError, match="`threads`"):
+        backend(torch.fx.symbolic_trace(small()), [x], threads=0)
     with pytest.raises(ValueError, match="`isa`"):
         separable.compile(small(), x, isa="mmx")
     with pytest.raises(ValueError, match="into its input"):

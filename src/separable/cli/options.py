@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..limits import MOST_THREADS
+
 if TYPE_CHECKING:
     from torch import nn
 
 Function = Callable[..., Any]
 
-MOST_THREADS = 1024  # far more than pays anywhere; torch crashes where the system refuses them
 SEED = click.IntRange(0, 2**32 - 1)  # what torch and numpy both take
 
 IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")

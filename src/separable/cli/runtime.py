@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from ..limits import MOST_THREADS
 from .options import (
     MODEL_HELP,
-    MOST_THREADS,
     input_size,
     load,
     output_format,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..limits import check_threads
 from ..progress import progress, timed
 from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
@@ -122,11 +123,7 @@ def measure_interleaved(
             raise TypeError(f"`model` (a {type(model).__name__}) must be callable")
         if per_layer:
             _check_runs_module_by_module(model)
-    for name, value in {"repeats": repeats, "warmup": warmup, "threads": threads}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` (={value}) must be at least 1")
-    if min_seconds < 0:
-        raise ValueError(f"`min_seconds` (={min_seconds}) must not be negative")
+    check_timing(repeats=repeats, warmup=warmup, min_seconds=min_seconds, threads=threads)
     benchmark = _benchmark()
 
     modules = [model for model in models if isinstance(model, nn.Module)]
@@ -172,6 +169,22 @@ def measure_interleaved(
         )
         for i in range(len(models))
     )
+
+
+def check_timing(
+    *, repeats: int, warmup: int = 1, min_seconds: float = 0.0, threads: int | None = None
+) -> None:
+    """Refuse what `measure` can't time with.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_threads(threads)
+    for name, value in {"repeats": repeats, "warmup": warmup}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` (={value}) must be at least 1")
+    if not 0 <= min_seconds < math.inf:
+        raise ValueError(f"`min_seconds` (={min_seconds}) must be a number of seconds, 0 or more")
 
 
 def keep_freed_memory() -> bool:

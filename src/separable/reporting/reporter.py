@@ -20,6 +20,7 @@ from ..conversion.sensitivity import divergence, is_logits, tensors
 from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
+from ..cost.measuring import check_timing
 from ..failures import in_a_line
 from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
@@ -97,6 +98,7 @@ def report(
     budgets = [each for each in (budget, *frontier) if each is not None]
     for each in budgets:
         Budget.parse(each)  # before the first of them is converted
+    check_timing(repeats=repeats, min_seconds=min_seconds, threads=threads)
     original = frozen_copy(model)
     given = make_inputs(original, input_size, inputs=inputs).args
     given = tuple(each.clone() if isinstance(each, Tensor) else each for each in given)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..limits import check_threads
 from ..progress import progress
 from . import machine as machines
 from .compiled import CompiledModel
@@ -46,15 +47,15 @@ def compile(
 
     Raises:
         ValueError: if the model is in training mode, can't be traced, writes into its inputs, or
-            mixes the samples of a batch though `dynamic_batch` is asked for.
+            mixes the samples of a batch though `dynamic_batch` is asked for; or an argument is out
+            of its range.
     """
     if any(module.training for module in model.modules()):
         raise ValueError(
             "`model` must be in eval mode, as only inference is compiled: model.eval()"
         )
+    check_threads(threads)
     count = machines.cores() if threads is None else threads
-    if count < 1:
-        raise ValueError(f"`threads` (={threads}) must be at least 1")
     machine = machines.host(isa)
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if dynamic_batch:

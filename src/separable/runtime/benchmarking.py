@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..failures import in_a_line
+from ..limits import check_threads
 from ..progress import progress, timed
 from . import machine as machines
 from .backend import compile as compile_model
@@ -146,11 +147,13 @@ def benchmark(
         isa: the instruction set of `separable`.
 
     Raises:
-        ValueError: if a runtime is unknown, or the network's outputs are not finite.
+        ValueError: if a runtime is unknown, `threads` is out of its range, or the network's outputs
+            are not finite.
     """
     unknown = set(against) - set(_RUNTIMES)
     if unknown:
         raise ValueError(f"`against` has {sorted(unknown)}; known are {', '.join(_RUNTIMES)}")
+    check_threads(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..limits import check_threads
 from . import machine as machines
 from .backend import build, traced
 from .compiled import CompiledModel
@@ -40,7 +41,11 @@ def backend(
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return module.forward
     fixed = [i for i, x in enumerate(example_inputs) if _is_weight(x)]
-    return GraphRunner(module, fixed, chosen.get("threads") or machines.cores(), chosen.get("isa"))
+    threads = chosen.get("threads")
+    check_threads(threads)
+    return GraphRunner(
+        module, fixed, machines.cores() if threads is None else threads, chosen.get("isa")
+    )
 
 
 class GraphRunner:

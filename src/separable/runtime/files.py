@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..limits import check_threads
 from . import jit
 from . import machine as machines
 from .compiled import CompiledModel
@@ -52,7 +53,6 @@ _KINDS: dict[str, type[Any]] = {
 }
 _TILES: dict[type, Any] = {Conv: ConvTile, Window: WindowTile}
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
-_MOST_THREADS = 1024
 _SECRET_BYTES = 32
 _Shape = tuple[int, ...] | None
 
@@ -221,8 +221,7 @@ def _model(header: _Header, data: bytes) -> CompiledModel:
     for structure, leaves in zip(structures, (header.expected, header.results), strict=True):
         if structure.num_leaves != len(leaves):
             raise ValueError("`structures` and the shapes differ in number")
-    if not 1 <= header.threads <= _MOST_THREADS:
-        raise ValueError(f"`threads` (={header.threads}) must be 1 to {_MOST_THREADS}")
+    check_threads(header.threads)
     if len(data) != header.weights + sum(header.objects):
         raise ValueError("its weights or its code are cut off")
     weights = torch.frombuffer(bytearray(data[: header.weights]), dtype=torch.float32)

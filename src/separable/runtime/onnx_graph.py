@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def onnx_program(
     Returns:
         The graph, optimised; `save` writes it.
     """
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             model,
             args,
@@ -40,11 +41,13 @@ def onnx_program(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep what torch logs of an export to itself; what matters of it is in the error."""
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
+    # it prints the whole graph where it fails
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:
