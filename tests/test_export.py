@@ -152,7 +152,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_a_fixed_batch_size_needs_to_be_asked_for(tmp_path, format):
     path = tmp_path / FILES[format]
-    with pytest.raises(ValueError, match="fixed.*: `dynamic_batch=False`"):
+    with pytest.raises(ValueError, match=r"fixed.*: `dynamic_batch=False`"):
         separable.export(Fixed(), path, example=EXAMPLE, progress=False)
     assert not os.listdir(tmp_path)
     done = separable.export(Fixed(), path, example=EXAMPLE, dynamic_batch=False, progress=False)
@@ -308,11 +308,10 @@ class Deciding(nn.Module):
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_why_a_network_can_not_be_exported(tmp_path, capfd, format, dynamic):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="data-dependent") as raised:
         separable.export(
             Deciding(), tmp_path / FILES[format], example=EXAMPLE, dynamic_batch=dynamic
         )
-    assert "data-dependent" in str(raised.value)
     assert "dynamic_batch" not in str(raised.value)
     assert "def forward" not in "".join(capfd.readouterr())
     assert not os.listdir(tmp_path)
@@ -321,7 +320,9 @@ def test_why_a_network_can_not_be_exported(tmp_path, capfd, format, dynamic):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_types_that_onnxruntime_does_not_run(tmp_path, dtype):
     model, example = nn.Conv2d(3, 4, 3).to(dtype), EXAMPLE.to(dtype)
-    with pytest.raises(ValueError, match="onnxruntime, which checks the file, can't run it.*float"):
+    with pytest.raises(
+        ValueError, match=r"onnxruntime, which checks the file, can't run it.*float"
+    ):
         separable.export(model, tmp_path / "a.onnx", example=example, progress=False)
     assert not os.listdir(tmp_path)
 

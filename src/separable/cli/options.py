@@ -191,35 +191,11 @@ def table_or_json(style: str) -> None:
 
 def load(name: str, weights: Path | None = None) -> nn.Module:
     """Build the network that MODEL names, in eval mode, with weights of a safetensors file."""
-    from ..models import create_model
+    from ..models import create_model, load_weights
     from ..progress import progress
 
     with progress("building the network"):
         network = create_model(name).eval()
     if weights is not None:
-        _load_weights(network, weights)
+        load_weights(network, weights)
     return network
-
-
-def _load_weights(network: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--weights: there is no file {str(path)!r}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"--weights: {str(path)!r} is no safetensors file: {error}") from error
-    own = network.state_dict()
-    differing = [
-        name
-        for name in sorted({*own, *tensors})
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    ]
-    if differing:
-        raise ValueError(
-            f"--weights: {str(path)!r} is of another network: {len(differing)} of its tensors are "
-            f"missing, unexpected or of another shape, {differing[0]!r} first"
-        )
-    network.load_state_dict(tensors)

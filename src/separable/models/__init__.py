@@ -2,5 +2,12 @@
 
 from .mobilenet import MobileNetV1, load_timm_state_dict, mobilenet_v1
 from .registry import create_model
+from .weights import load_weights
 
-__all__ = ["MobileNetV1", "create_model", "load_timm_state_dict", "mobilenet_v1"]
+__all__ = [
+    "MobileNetV1",
+    "create_model",
+    "load_timm_state_dict",
+    "load_weights",
+    "mobilenet_v1",
+]
