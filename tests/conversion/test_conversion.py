@@ -424,6 +424,25 @@ def test_channels_last_is_kept(model, inputs):
     assert slim.twice.last.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+class Reading(nn.Module):
+    """A network that looks at its convolution, as timm's DaViT and EdgeNeXt do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, -x.shape[-1] % self.conv.kernel_size[0]))
+        return self.conv(x.to(self.conv.weight.dtype)).relu().mean((2, 3))
+
+
+def test_networks_that_look_at_their_convolution():
+    inputs = torch.randn(16, 3, 10, 10)
+    slim = separable.convert(Reading().eval(), inputs, "macs=0.6", progress=False)
+    assert slim.report.plan.rows[0].form is not None
+    assert slim(inputs).shape == (16, 16)
+
+
 def test_outputs_that_are_no_logits(inputs):
     class Two(nn.Module):
         def __init__(self):

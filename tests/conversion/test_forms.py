@@ -14,6 +14,7 @@ from separable.conversion.forms import (
     factors_of,
     grouped,
     merged,
+    random_factors,
     separated,
     weight_only,
     weights_per_position,
@@ -21,6 +22,10 @@ from separable.conversion.forms import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
+CONV_ATTRIBUTES = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "padding_mode",
+)
 MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
@@ -64,6 +69,12 @@ def test_exact_at_full_rank_over_the_range_of_arguments(conv, form, seed):
     assert relative(module(input), wanted) <= limit
     assert relative(merged(module)(input), wanted) <= limit
     assert module(input).shape == wanted.shape
+    for name in CONV_ATTRIBUTES:
+        assert getattr(module, name) == getattr(conv, name)
+    assert relative(module.weight, conv.weight) <= limit
+    assert module.weight.shape == conv.weight.shape
+    assert module.weight.dtype == conv.weight.dtype
+    assert (module.bias is None) == (conv.bias is None)
     lead, rest = weights_per_position(form, shape, exact_rank(form, shape))
     biases = sum(p.numel() for n, p in module.named_parameters() if n.endswith("bias"))
     assert sum(p.numel() for p in module.parameters()) - biases == lead + rest
@@ -185,6 +196,19 @@ def test_factors_survive_the_module():
         back = factors_of(separated(conv, factors, None))
         torch.testing.assert_close(back.dense(), factors.dense())
         assert (back.lead is None) == (factors.lead is None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weight_passes_gradients_to_its_factors(form):
+    conv = nn.Conv2d(6, 8, 3)
+    module = separated(conv, random_factors(form, Shape.of(conv), 2), conv.bias)
+    input = torch.randn(2, 6, 7, 7)
+    nn.functional.conv2d(input, module.weight, module.bias).square().mean().backward()
+    found = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    module(input).square().mean().backward()
+    for grad, parameter in zip(found, module.parameters(), strict=True):
+        assert relative(grad, parameter.grad) <= 1e-4
 
 
 def test_flags_layout_and_class_are_kept():

@@ -215,6 +215,8 @@ class SeparatedConv(nn.Sequential):
     has a forward pass of its own. A leading pointwise convolution has no bias: the spatial one's
     zero padding would miss it.
 
+    Networks that look at the dense convolution find its sizes, `weight` and `bias` here too.
+
     Attributes:
         form: the form.
         shape: the sizes of the dense convolution.
@@ -241,6 +243,49 @@ class SeparatedConv(nn.Sequential):
     def out_channels(self) -> int:
         """Channels of the output, as of the dense convolution."""
         return self.shape.groups * self.shape.outputs
+
+    @property
+    def groups(self) -> int:
+        """Groups of the dense convolution."""
+        return self.shape.groups
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Kernel size, as of the dense convolution."""
+        return self.spatial_conv.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Stride, as of the dense convolution."""
+        return self.spatial_conv.stride
+
+    @property
+    def padding(self) -> str | tuple[int, ...]:
+        """Padding, as of the dense convolution."""
+        return self.spatial_conv.padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Dilation, as of the dense convolution."""
+        return self.spatial_conv.dilation
+
+    @property
+    def padding_mode(self) -> str:
+        """Padding mode, as of the dense convolution."""
+        return self.spatial_conv.padding_mode
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out_channels, in_channels / groups, *kernel_size]`, multiplied out on each use."""
+        own = self.spatial_conv.weight
+        dense = factors_of(self).to(torch.float64).dense().flatten(0, 1)
+        return dense.reshape(*dense.shape[:2], *self.kernel_size).to(own.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[out_channels]`, or None."""
+        tail: Any = self.get_submodule("last") if hasattr(self, "last") else self.spatial
+        return tail.bias  # type: ignore[no-any-return]
 
 
 def separated(conv: Conv, factors: Factors, bias: Tensor | None) -> SeparatedConv:
@@ -310,18 +355,13 @@ def factors_of(module: SeparatedConv) -> Factors:
     for name, size in _sizes(module.form, module.shape, -1).items():
         weight = module.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        parts[name] = weight.detach().reshape(size)
+        parts[name] = weight.reshape(size)
     return Factors(module.form, **parts)
 
 
 def merged(module: SeparatedConv) -> Conv:
     """The dense convolution that computes what `module` computes."""
-    shape = module.shape
-    spatial = module.spatial_conv
-    tail = module.get_submodule("last") if hasattr(module, "last") else spatial
-    bias = tail.bias
-    dense = like(spatial, module.in_channels, module.out_channels, shape.groups, bias is not None)
-    weight = factors_of(module).to(torch.float64).dense().flatten(0, 1)
-    weight = weight.reshape(*weight.shape[:2], *spatial.kernel_size)
-    _filled(dense, weight, bias, spatial)  # type: ignore[arg-type]
+    spatial, bias = module.spatial_conv, module.bias
+    sizes = (module.in_channels, module.out_channels, module.groups)
+    dense = _filled(like(spatial, *sizes, bias is not None), module.weight, bias, spatial)
     return dense.train(module.training)
