@@ -143,7 +143,7 @@ def test_rows(kind: str, length: int, machine: Machine) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(["nearest", "bilinear"]),
+    kind=st.sampled_from(["nearest", "bilinear", "mean", "max"]),
     corners=st.booleans(),
     size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
     inside=st.tuples(st.integers(1, 9), st.integers(1, 9)),
@@ -170,3 +170,36 @@ def test_resampling(
     y = y.view(2, h, w, channels).permute(0, 3, 1, 2)
     # Torch computes neighbours in float32: in float64 others would be chosen.
     torch.testing.assert_close(y, resample.reference(does, x), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(resample.PADDING),
+    inside=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    channels=st.integers(1, 20),
+    data=st.data(),
+)
+def test_padding_by_what_is_there(
+    kind: str, inside: tuple[int, int], channels: int, data: st.DataObject
+) -> None:
+    machine = host()
+    most = {"reflect": -1, "replicate": 4, "circular": 0}[kind]
+    pads = [
+        (data.draw(st.integers(0, i + most)), data.draw(st.integers(0, i + most))) for i in inside
+    ]
+    (i, j), (h, w) = inside, [b + s + a for (b, a), s in zip(pads, inside, strict=True)]
+    does = Resample(
+        kind=kind,
+        batch=2,
+        size=(h, w),
+        in_size=inside,
+        channels=channels,
+        x_strides=(i * j * channels, j * channels, channels),
+        y_strides=(h * w * channels, w * channels, channels),
+        before=(pads[0][0], pads[1][0]),
+    )
+    x = random(2, channels, i, j)
+    memory = x.permute(0, 2, 3, 1).contiguous()
+    y = run(Kernel(does, machine), [memory, resample.table(does)], 2 * h * w * channels)
+    y = y.view(2, h, w, channels).permute(0, 3, 1, 2)
+    assert torch.equal(y, resample.reference(does, x))

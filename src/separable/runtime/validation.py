@@ -258,7 +258,7 @@ def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
 
 
 def _resample(does: Resample, kernel: Kernel) -> tuple[list[int], int]:
-    _require(kind=does.kind in ("nearest", "bilinear"))
+    _require(kind=does.kind in resample.KINDS)
     out = (does.batch, *does.size, does.channels)
     x = _reach((does.batch, *does.in_size, does.channels), (*does.x_strides, 1))
     extras = [_reach(out, strides) for strides in does.extra_strides]

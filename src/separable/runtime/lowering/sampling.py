@@ -66,23 +66,30 @@ def _adaptive_avg_pool(x: Node, size: Any) -> Lowered:
     if len(shape_of(x)) != 4:
         return None
     out = pair(size)
-    n, c, h, w = shape_of(x)
+    n, c, *_ = shape_of(x)
     if out == (1, 1):
         return Node("mean", (n, c, 1, 1), [x], {"axes": (2, 3)})
-    if (h, w) == out:
+    return _adaptive(x, out, "mean")
+
+
+def _adaptive(x: Node, size: tuple[int, int], kind: str) -> Lowered:
+    """A pool of windows that are as alike as they can be."""
+    n, c, h, w = shape_of(x)
+    if (h, w) == size:
         return x
-    if h % out[0] or w % out[1]:
+    if 0 in (h, w, *size):
         return None
-    kernel = (h // out[0], w // out[1])
-    return _pool("mean", x, kernel, kernel, 0, 1, False)
+    if h % size[0] or w % size[1]:
+        return Node("resample", (n, c, *size), [x], {"kind": kind})
+    kernel = (h // size[0], w // size[1])
+    return _pool(kind, x, kernel, kernel, 0, 1, False)
 
 
 @lowers("adaptive_max_pool2d.default")
 def _adaptive_max_pool(x: Node, size: Any) -> Lowered:
-    *_, h, w = shape_of(x)
-    if pair(size) != (1, 1) or len(shape_of(x)) != 4:
+    if len(shape_of(x)) != 4:
         return None
-    node = _pool("max", x, (h, w), (h, w), 0, 1, False)
+    node = _adaptive(x, pair(size), "max")
     return (node,) if isinstance(node, Node) else None
 
 
@@ -124,6 +131,14 @@ def _avg_pool_1d(
 @lowers("adaptive_avg_pool1d.default")
 def _adaptive_avg_pool_1d(x: Node, size: Any) -> Lowered:
     return _of_a_row(_adaptive_avg_pool, x, on_a_row(1, size))
+
+
+@lowers("adaptive_max_pool1d.default")
+def _adaptive_max_pool_1d(x: Node, size: Any) -> Lowered:
+    if len(shape_of(x)) != 3:
+        return None
+    node = _of_a_row(_adaptive, x, on_a_row(1, size), "max")
+    return (node,) if isinstance(node, Node) else None
 
 
 @lowers("mean.dim")
@@ -182,7 +197,16 @@ def _upsample(x: Node, size: Any, *rest: Any) -> Lowered:
 
 @lowers("pad.default")
 def _pad_mode(x: Node, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Lowered:
-    return _constant_pad(x, pad, value or 0.0) if mode == "constant" else None
+    if mode == "constant":
+        return _constant_pad(x, pad, value or 0.0)
+    if len(shape_of(x)) == 3:
+        return _of_a_row(_pad_mode, x, [*pad, 0, 0], mode)
+    if len(shape_of(x)) != 4 or len(pad) != 4 or any(p < 0 for p in pad):
+        return None
+    n, c, h, w = shape_of(x)
+    left, right, top, bottom = pad
+    shape = (n, c, top + h + bottom, left + w + right)
+    return Node("resample", shape, [x], {"kind": mode, "before": (top, left)})
 
 
 @lowers("constant_pad_nd.default")
