@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 
 @contextmanager
@@ -19,37 +20,40 @@ def whole_files(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
         FileNotFoundError: there is no such folder.
         IsADirectoryError: a path is a folder.
     """
-    # a link stays one
-    real = {path: path.resolve() if path.is_symlink() else path for path in paths}
-    partial = {
-        path: target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-        for path, target in real.items()
-    }
-    modes = {path: _usual_mode(path, temporary) for path, temporary in partial.items()}
+    planned = {path: _Planned.of(path) for path in paths}
     try:
-        yield partial
-        for path, temporary in partial.items():
-            temporary.chmod(modes[path])  # some writers let nobody else read theirs
-            os.replace(temporary, real[path])
+        yield {path: each.temporary for path, each in planned.items()}
+        for each in planned.values():
+            each.temporary.chmod(each.mode)  # some writers let nobody else read theirs
+            os.replace(each.temporary, each.target)
     finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
+        for each in planned.values():
+            each.temporary.unlink(missing_ok=True)
 
 
-def _usual_mode(path: Path, temporary: Path) -> int:
-    """The permissions of the file that is replaced, or of a new one there."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name!r}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
-    if path.exists():
-        if not path.is_file():
+class _Planned(NamedTuple):
+    """Where a file is written, where it goes then, and the permissions it gets."""
+
+    temporary: Path
+    target: Path
+    mode: int
+
+    @classmethod
+    def of(cls, path: Path) -> _Planned:
+        target = path.resolve() if path.is_symlink() else path  # a link stays one
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(target.parent)!r} for {path.name!r}")
+        if target.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
+        if target.exists() and not target.is_file():
             raise FileExistsError(f"{str(path)!r} is no regular file; name one")
-        return stat.S_IMODE(path.stat().st_mode)
-    temporary.touch()
-    mode = stat.S_IMODE(temporary.stat().st_mode)
-    temporary.unlink()
-    return mode
+        temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+        if target.exists():
+            return cls(temporary, target, stat.S_IMODE(target.stat().st_mode))
+        temporary.touch()  # a new one gets what is usual there
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
+        return cls(temporary, target, mode)
 
 
 @contextmanager
