@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 SETS = ("digits", "cluttered")
 CANVAS = 32
+TEST_DIGITS = 597
+TEST_SEED = 2
 
 
 @functools.cache
@@ -28,8 +30,19 @@ def load(name: str, train: int = 5000, test: int = 2000) -> tuple[Tensor, Tensor
         return images[:1200], labels[:1200], images[1200:], labels[1200:]
     return (
         *cluttered(images[:1200], labels[:1200], train, seed=1),
-        *cluttered(images[1200:], labels[1200:], test, seed=2),
+        *cluttered(images[1200:], labels[1200:], test, seed=TEST_SEED),
     )
+
+
+def digits_shown(name: str, test: int) -> Tensor:
+    """Which of the test digits each of so many test images shows."""
+    if name == "digits":
+        return torch.arange(TEST_DIGITS)
+    return _drawn(TEST_DIGITS, test, torch.Generator().manual_seed(TEST_SEED))
+
+
+def _drawn(digits: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(digits, (count,), generator=generator)
 
 
 def cluttered(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -53,14 +66,12 @@ def cluttered(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Te
         grid = F.affine_grid(theta, [count, 1, CANVAS, CANVAS], align_corners=False)
         return F.grid_sample(patches, grid, align_corners=False) * brightness[:, None, None, None]
 
-    def draw() -> Tensor:
-        return torch.randint(len(images), (count,), generator=generator)
-
-    chosen = draw()
+    chosen = _drawn(len(images), count, generator)  # first, as `digits_shown` does
     canvas = place(images[chosen], uniform(14, 24), uniform(0.7, 1.0))
     for piece in range(6):
         top, left = 4 * (piece % 2), 4 * (piece // 2 % 2)
-        patches = images[draw()][:, :, top : top + 4, left : left + 4]
+        others = images[_drawn(len(images), count, generator)]
+        patches = others[:, :, top : top + 4, left : left + 4]
         canvas = torch.maximum(canvas, place(patches, uniform(5, 9), uniform(0.3, 0.8)))
     noise = torch.randn(canvas.shape, generator=generator)
     return canvas + 0.1 * noise, labels[chosen]

@@ -180,10 +180,16 @@ def trained(name: str, dataset: str, seed: int) -> nn.Module:
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     """Per cent of `inputs` whose largest output is the label's."""
+    return 100 * right(model, inputs, labels).float().mean().item()
+
+
+@torch.no_grad()
+def right(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest output is the label's, for each of `inputs`."""
     hits = [
         model(x).argmax(1) == y for x, y in zip(inputs.split(256), labels.split(256), strict=True)
     ]
-    return 100 * torch.cat(hits).float().mean().item()
+    return torch.cat(hits)
 
 
 if __name__ == "__main__":
