@@ -57,7 +57,7 @@ def convert(place, *arguments, **options):
 
 
 @pytest.mark.filterwarnings("ignore:layer .* more calibration inputs would help")
-def test_the_file_loads_again_and_the_report_is_json(place):
+def test_the_file_loads_again_and_the_report_is_json(place, hasty):
     result = convert(place, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

@@ -6,7 +6,7 @@ from separable.conversion import refining
 
 
 @pytest.fixture(scope="package", autouse=True)
-def few_steps():
+def short_last_pass():
     """Most tests look at other things than how far the last pass gets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refining, "STEPS", 20)
