@@ -116,6 +116,28 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
     "pools": (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, padding=1), c(12, 6)), True),
     "ceil-pool": (nn.MaxPool2d(3, 2, ceil_mode=True), True),
     "adaptive-pool": (nn.AdaptiveAvgPool2d((5, 7)), True),
+    "to-what-it-is": (
+        Call(lambda x, a: a(x.to(x.dtype)).type_as(x).to("cpu").to(x), a=c(12, 6)),
+        True,
+    ),
+    "padded-below": (nn.Sequential(nn.ZeroPad2d((0, 0, 0, 1)), c(12, 16)), True),
+    "padded-right": (nn.Sequential(nn.ZeroPad2d((0, 2, 0, 0)), c(12, 16), c(16, 8, 3)), True),
+    "padded-strided": (
+        nn.Sequential(nn.ZeroPad2d((0, 2, 0, 1)), nn.Conv2d(12, 16, 1, stride=2)),
+        True,
+    ),
+    "padded-pointwise": (
+        nn.Sequential(
+            nn.Conv2d(12, 16, 1, padding=1), c(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1, padding=2)
+        ),
+        True,
+    ),
+    "padded-pointwise-row": (
+        nn.Sequential(
+            nn.Flatten(2), nn.Conv1d(12, 8, 1, padding=1), nn.Conv1d(8, 8, 1, 2, 3), nn.ReLU()
+        ),
+        True,
+    ),
     "adaptive-windows": (nn.Sequential(nn.AdaptiveAvgPool2d((2, 4)), nn.SiLU()), True),
     "adaptive-wider": (nn.AdaptiveAvgPool2d((13, 3)), True),
     "adaptive-max": (nn.Sequential(c(12, 6), nn.AdaptiveMaxPool2d((3, 5))), True),

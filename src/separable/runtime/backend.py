@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..failures import in_a_line
 from ..limits import check_threads
 from ..progress import progress
 from . import machine as machines
@@ -19,6 +19,7 @@ from .execute import Program
 from .graph import Graph, Recipe, optimise
 from .importing import NeedsFunctionalisation, import_graph
 from .scheduling import schedule
+from .validation import check_footprint
 from .weights import Weights, exported_weights
 
 
@@ -46,10 +47,13 @@ def compile(
         The compiled model. Operators without a kernel still run in torch; `explain()` names them.
 
     Raises:
+        TypeError: if the model is no module, or the example is no tensor or sequence.
         ValueError: if the model is in training mode, can't be traced, writes into its inputs, or
             mixes the samples of a batch though `dynamic_batch` is asked for; or an argument is out
             of its range.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` (a {type(model).__name__}) must be an nn.Module")
     if any(module.training for module in model.modules()):
         raise ValueError(
             "`model` must be in eval mode, as only inference is compiled: model.eval()"
@@ -57,6 +61,11 @@ def compile(
     check_threads(threads)
     count = machines.cores() if threads is None else threads
     machine = machines.host(isa)
+    if not isinstance(example_inputs, torch.Tensor | Sequence):
+        raise TypeError(
+            f"`example_inputs` (a {type(example_inputs).__name__}) must be a tensor, or the "
+            "arguments in a list or tuple"
+        )
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if dynamic_batch:
         if not all(isinstance(x, torch.Tensor) and x.dim() and x.is_floating_point() for x in args):
@@ -86,14 +95,19 @@ def compile(
 
 def traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The graph of a model; raises `ValueError` where torch can't trace it."""
+    # an argument given twice would be taken for one
+    args = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
     try:
         return torch.export.export(model, args)
     except Exception as error:  # torch names no common class of what tracing and the model raise
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}".splitlines()[0], 240)
-        raise ValueError(
-            f"`model` can't be traced as one graph for `example_inputs`: {reason}; "
-            'torch.compile(model, backend="separable") compiles the parts that can'
-        ) from error
+        raise _untraceable(error) from error
+
+
+def _untraceable(error: Exception) -> ValueError:
+    return ValueError(
+        f"`model` can't be traced as one graph for `example_inputs`: {in_a_line(error)}; "
+        'torch.compile(model, backend="separable") compiles the parts that can'
+    )
 
 
 def build(
@@ -128,8 +142,15 @@ def build(
     try:
         graph = translate(exported)
     except NeedsFunctionalisation:
-        graph = translate(exported.run_decompositions({}))
+        try:
+            functional = exported.run_decompositions({})
+        except Exception as error:
+            raise _untraceable(error) from error
+        graph = translate(functional)
     steps = schedule(optimise(graph), machine, threads, fuse)
+    for step in steps.steps:
+        if step.kernel is not None:
+            check_footprint(step.kernel, step.arguments)  # nothing reads beyond what there is
     program = Program(steps, machine, threads, watched=weights)
     program.pack()
     return program
@@ -139,7 +160,7 @@ def _check_samples_apart(
     model: nn.Module, compiled: CompiledModel, args: tuple[torch.Tensor, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    batch = [torch.randn(3, *x.shape[1:], generator=generator) for x in args]
+    batch = [x.new_empty((3, *x.shape[1:])).normal_(generator=generator) for x in args]
     with torch.no_grad():
         expected = pytree.tree_leaves(model(*batch))
     actual = pytree.tree_leaves(compiled(*batch))

@@ -62,7 +62,8 @@ class CompiledModel:
                 f"arguments {structure} differ from the example's {self.structures[0]}; "
                 "call the model as it was compiled"
             )
-        batch = flat[0].shape[0] if self.dynamic_batch and flat[0].dim() else None
+        first = flat[0] if self.dynamic_batch and isinstance(flat[0], torch.Tensor) else None
+        batch = first.shape[0] if first is not None and first.dim() else None
         inputs = [
             _same(i, value, example) if form is None else self._checked(i, value, form, batch)
             for i, (value, form, example) in enumerate(
@@ -81,9 +82,9 @@ class CompiledModel:
         Args:
             repeats: measurements per kernel, of which the best counts.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         inputs = [
-            form.empty().copy_(torch.randn(form.shape, generator=generator))
+            form.empty().normal_(generator=generator)
             if form is not None
             else torch.zeros_like(example, device="cpu")
             if isinstance(example, torch.Tensor)
@@ -105,6 +106,13 @@ class CompiledModel:
         from .files import save
 
         save(self, path)
+
+    def __reduce__(self) -> Any:
+        """Refuse copies and pickles, for machine code has an address."""
+        raise TypeError(
+            "a compiled model can't be copied or pickled; compile a copy of the original, or use "
+            "`save` and `separable.load_compiled`"
+        )
 
     def _checked(self, number: int, value: Any, form: Form, batch: int | None) -> torch.Tensor:
         shape = form.shape if batch is None else (batch, *form.shape[1:])

@@ -177,7 +177,9 @@ class Program:
         """Compute the packed weights anew; calls that are running keep the old ones."""
         seen = self._watched.look() if self._watched else None
         weights = _aligned_floats(self._constants)
-        with torch.no_grad(), evaluation():
+        # whatever the caller's defaults are
+        plain = torch.autocast("cpu", enabled=False), torch.device("cpu")
+        with torch.no_grad(), evaluation(), plain[0], plain[1]:
             for buffer, recipe in self.schedule.constants:
                 value = recipe().detach().to(torch.float32).reshape(-1)
                 weights[buffer.offset : buffer.offset + buffer.size].copy_(value)
@@ -300,7 +302,7 @@ class Program:
         arguments, named = pytree.tree_map_only(
             Operand, value, (attributes["arguments"], attributes["named"])
         )
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             result = attributes["target"](*arguments, **named)
             if step.output is not None:
                 look(step.output).copy_(result)
@@ -380,6 +382,7 @@ def _address(words: array[int]) -> int:
 
 def _aligned_floats(count: int) -> torch.Tensor:
     """Uninitialised floats from a cache line on."""
-    raw = torch.empty(count + 16)
+    with torch.inference_mode(False):  # it is written to in other modes too
+        raw = torch.empty(count + 16, dtype=torch.float32, device="cpu")
     start = -(raw.data_ptr() // _FLOAT) % 16
     return raw[start : start + max(count, 1)]

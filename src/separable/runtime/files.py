@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..failures import in_a_line
 from ..limits import check_threads
 from . import jit
 from . import machine as machines
@@ -43,7 +44,7 @@ from .execute import Program
 from .graph import Node
 from .memory import Buffer, Form, aligned
 from .steps import Schedule, Step
-from .validation import footprints, parsed
+from .validation import check_footprint, parsed
 
 _MAGIC = b"separable-runtime"
 _FORMAT = 4
@@ -121,18 +122,35 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
         path: of the file, replaced in one step if it exists.
 
     Raises:
-        ValueError: if a part of the model runs in torch, or its arguments or results are nested in
-            anything but tuples, lists and dictionaries.
+        ValueError: if a part of the model runs in torch, an argument or a result is no float32
+            tensor, or they are nested in anything but tuples, lists and dictionaries.
     """
     program = model.program
     schedule = program.schedule
     torch_steps = [s.node.name for s in schedule.steps if s.kernel is None and s.node]
-    if torch_steps or any(isinstance(output, Node) for output in schedule.outputs):
+    if any(torch_steps):
         raise ValueError(
-            f"`model` runs {', '.join(torch_steps)} in torch and cannot be saved; "
+            f"`model` runs {', '.join(filter(None, torch_steps))} in torch and cannot be saved; "
             "save the original model instead"
         )
-    structures = tuple(pytree.treespec_dumps(spec) for spec in model.structures)
+    if torch_steps or any(isinstance(output, Node) for output in schedule.outputs):
+        raise ValueError(
+            "`model` returns something that is no float32 tensor it computed, and cannot be saved; "
+            "save the original model instead"
+        )
+    for number, (form, example) in enumerate(zip(model.expected, model.examples, strict=True)):
+        if form is None and example is not None:
+            raise ValueError(
+                f"`model` takes an argument that is no float32 tensor ({number}, of type "
+                f"{type(example).__name__}) and cannot be saved; save the original model instead"
+            )
+    try:
+        structures = tuple(pytree.treespec_dumps(spec) for spec in model.structures)
+    except NotImplementedError as error:  # a kind that torch has no name for
+        raise ValueError(
+            f"`model` cannot be saved: {in_a_line(error)}; only tuples, lists and dictionaries can "
+            "nest its arguments and results"
+        ) from error
     for text in structures:
         _structure(text)
     kernels = list(program.objects)
@@ -305,19 +323,12 @@ def _schedule(header: _Header, kernels: Sequence[Kernel]) -> Schedule:
     batched = [*header.expected, *header.results]
     if header.dynamic_batch and not all(form and form.shape[:1] == (1,) for form in batched):
         raise ValueError("with `dynamic_batch`, arguments and results are those of one sample")
-    lengths = [footprints(kernel) for kernel in kernels]
     steps = []
     for entry in header.steps:
         arguments = [(buffers[number], offset) for number, offset in entry.arguments]
-        needs = lengths[entry.kernel]
-        if len(needs) != len(arguments) or len(needs) > driver.MOST_ARGUMENTS:
-            raise ValueError(f"a kernel of {len(needs)} arguments has {len(arguments)}")
-        for (buffer, offset), need in zip(arguments, needs, strict=True):
-            if offset + need > buffer.size:
-                raise ValueError(
-                    f"a kernel needs floats {offset} to {offset + need} of a buffer of "
-                    f"{buffer.size}"
-                )
+        if len(arguments) > driver.MOST_ARGUMENTS:
+            raise ValueError(f"a kernel has {len(arguments)} arguments")
+        check_footprint(kernels[entry.kernel], arguments)
         if arguments[-1][0].kind not in ("arena", "output"):
             raise ValueError("a kernel writes into weights or arguments")
         passing = [i for i, (buffer, _) in enumerate(arguments) if buffer.kind == "scratch"]

@@ -152,7 +152,7 @@ def _as_images(does: Sequence[Description]) -> list[Stage] | None:
     # Pointwise convolutions are scheduled as one row of pixels; windows know the images. Where
     # there is none, pixels can be cut into any rows.
     for one in does:
-        if isinstance(one, Window) or (isinstance(one, Conv) and one.kernel != (1, 1)):
+        if isinstance(one, Window) or (isinstance(one, Conv) and not _is_row(one)):
             batch, size = one.batch, one.in_size
             break
     else:
@@ -174,12 +174,17 @@ def _as_images(does: Sequence[Description]) -> list[Stage] | None:
     return stages
 
 
+def _is_row(conv: Conv) -> bool:
+    """Whether positions do not touch one another, so that its pixels may be cut into any rows."""
+    return conv.kernel == (1, 1) and conv.padding == (0, 0) and conv.size == conv.in_size
+
+
 def _as_image(stage: Conv | Window, batch: int, size: tuple[int, int]) -> Stage | None:
     """A stage that reads images of this batch, height and width."""
     if (stage.batch, stage.in_size) == (batch, size) or isinstance(stage, Window):
         return stage
     h, w = size
-    if stage.kernel != (1, 1) or (stage.batch, *stage.size) != (1, 1, batch * h * w):
+    if not _is_row(stage) or (stage.batch, *stage.size) != (1, 1, batch * h * w):
         return None
 
     def walk(pixel: int) -> tuple[int, int, int]:

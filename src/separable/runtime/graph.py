@@ -230,7 +230,7 @@ def _affine(node: Node, conv: Node) -> tuple[Recipe | None, Recipe | None]:
             return None, None
 
         def recipe() -> torch.Tensor:
-            return torch.full((channels,), number)
+            return torch.full((channels,), number, dtype=torch.float32, device="cpu")
     elif second == operand(1) and node.inputs[1].kind == "constant":
         source = node.inputs[1]
         shape = (1,) * (len(conv.shape) - len(source.shape or ())) + (source.shape or ())

@@ -144,7 +144,7 @@ class _Importer:
     def fold(self, node: torch.fx.Node, arguments: Any, named: Any) -> Node:
         def value(x: Node) -> torch.Tensor:
             if x.kind != "constant":
-                return torch.empty(x.shape or ())
+                return torch.empty(x.shape or (), dtype=torch.float32, device="cpu")
             known: torch.Tensor = x.attributes["recipe"]()
             return known
 

@@ -98,7 +98,9 @@ class Form:
     def empty(self, batch: int | None = None) -> torch.Tensor:
         """A tensor of this form, its values undefined, of another batch if it is given."""
         shape = self.shape if batch is None else (batch, *self.shape[1:])
-        return torch.empty(shape, memory_format=self.memory_format)
+        return torch.empty(
+            shape, dtype=torch.float32, device="cpu", memory_format=self.memory_format
+        )
 
     def buffer(self, kind: str, number: int) -> Buffer:
         """One for a tensor of this form."""

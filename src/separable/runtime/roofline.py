@@ -30,8 +30,10 @@ class Peak:
         self._per_turn = _CHAINS * machine.width
         self._code = jit.compile_ir(_multiply_adds(machine), machine)
         self._call = jit.foreign(self._code, "kernel", 3)
-        self._operand = torch.full((machine.width,), 0.5)
-        self._source, self._target = (torch.zeros(_BYTES // 8) for _ in range(2))
+        self._operand = torch.full((machine.width,), 0.5, dtype=torch.float32, device="cpu")
+        self._source, self._target = (
+            torch.zeros(_BYTES // 8, dtype=torch.float32, device="cpu") for _ in range(2)
+        )
 
     def multiply_adds(self, count: int) -> None:
         """Do about so many multiply-adds in registers."""

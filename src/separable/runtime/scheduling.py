@@ -153,9 +153,7 @@ class _Scheduler:
         common: dict[str, Any] = {"channels": (inner, out // groups), "groups": groups}
         if small:
             common = {"channels": (inner, out), "small": True}
-        if attributes.get("linear") or (
-            attributes["kernel"] == (1, 1) and attributes["padding"] == (0, 0)
-        ):
+        if attributes.get("linear") or _is_inside(node, x.shape[2:]):
             # Positions do not touch one another: all that lie in one stride are one row.
             sy, sx = attributes.get("stride", (1, 1))
             if not attributes.get("linear"):
@@ -376,6 +374,20 @@ class _Scheduler:
         places = [*operands.values(), *([output] if output else [])]
         arguments = [(p.buffer, p.offset) for p in places]
         self.steps.append(Step(node, arguments, None, operands, output))
+
+
+def _is_inside(node: Node, size: Sequence[int]) -> bool:
+    """Whether a convolution reads one pixel of its image for each of its own, and no padding.
+
+    Args:
+        node: the convolution.
+        size: (height, width) of its image, to which a folded padding may have to be added.
+    """
+    kernel, padding, strides = (node.attributes[key] for key in ("kernel", "padding", "stride"))
+    assert node.shape is not None
+    last = [(out - 1) * stride for out, stride in zip(node.shape[2:], strides, strict=True)]
+    fits = all(place < inside for place, inside in zip(last, size, strict=True))
+    return kernel == (1, 1) and padding == (0, 0) and fits
 
 
 def _image(place: Place) -> tuple[int, int, int]:

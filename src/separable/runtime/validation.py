@@ -28,6 +28,7 @@ from .emit.relayout import Relayout
 from .emit.resample import Resample
 from .emit.window import Window, WindowTile
 from .machine import Machine
+from .memory import Buffer
 
 _LARGEST = 1 << 40  # of any whole number in a file: offsets in bytes stay far from overflow
 _MOST_TAPS = 4096  # along an axis: they are unrolled
@@ -249,12 +250,32 @@ def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
         kind=does.kind in ("norm", "softmax", "mean"),
         sizes=len(does.sizes) >= 1,
         x_strides=does.x_strides[-1:] == (1,),
-        y_strides=does.kind != "softmax" or does.y_strides[-1:] == (1,),
+        y_strides=does.kind != "softmax" or does.y_strides[-1:] == (1,) or does.sizes[-1] == 1,
     )
     out = (*does.sizes[:-1], 1) if does.kind == "mean" else does.sizes
     extras = [_reach(out, strides) for strides in does.extra_strides]
     x, y = _reach(does.sizes, does.x_strides), _written(out, does.y_strides)
     return [x, *extras, y], 1 + len(extras)
+
+
+def check_footprint(kernel: Kernel, arguments: Sequence[tuple[Buffer, int]]) -> None:
+    """Refuse arguments that a kernel would read or write beyond.
+
+    Args:
+        kernel: whose description is checked too.
+        arguments: its buffers, and where in them it begins.
+
+    Raises:
+        ValueError: there are others than it takes, or one ends too early.
+    """
+    needs = footprints(kernel)
+    if len(needs) != len(arguments):
+        raise ValueError(f"a kernel of {len(needs)} arguments has {len(arguments)}")
+    for (buffer, offset), need in zip(arguments, needs, strict=True):
+        if offset + need > buffer.size:
+            raise ValueError(
+                f"a kernel needs floats {offset} to {offset + need} of a buffer of {buffer.size}"
+            )
 
 
 def _resample(does: Resample, kernel: Kernel) -> tuple[list[int], int]:

@@ -100,7 +100,7 @@ def table(resample: Resample) -> torch.Tensor:
             entries.append(torch.stack([first, first, at * 0 + 1, at * 0], 1))
             continue
         if resample.align_corners:
-            ratio = torch.tensor((inside - 1) / (out - 1) if out > 1 else 0.0)
+            ratio = torch.tensor((inside - 1) / (out - 1) if out > 1 else 0.0, dtype=torch.float32)
             source = at * ratio
         else:
             ratio = torch.tensor(1 / scale if scale else inside / out, dtype=torch.float32)

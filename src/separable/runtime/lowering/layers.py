@@ -23,6 +23,10 @@ from .registry import (
 from .sampling import padded
 
 
+def _zeros(count: int) -> Node:
+    return constant(lambda: torch.zeros(count, dtype=torch.float32), (count,))
+
+
 @lowers("conv2d.default", "conv1d.default")
 def _conv(
     x: Node,
@@ -53,7 +57,7 @@ def _conv(
         (i + 2 * p - (k - 1) * d - 1) // s + 1
         for i, p, k, d, s in zip((h, w), padding, (kh, kw), dilation, stride, strict=True)
     )
-    bias = bias or constant(lambda: torch.zeros(out), (out,))
+    bias = bias or _zeros(out)
     common = {"kernel": (kh, kw), "stride": stride, "padding": padding, "dilation": dilation}
     if groups == c and inner == 1 and groups > 1:
         common |= {"kind": "conv", "multiplier": out // c}
@@ -109,7 +113,7 @@ def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
         return None
     out, inner = shape_of(weight)
     recipe = weight.attributes["recipe"]
-    bias = bias or constant(lambda: torch.zeros(out), (out,))
+    bias = bias or _zeros(out)
     w = constant(lambda: recipe()[:, :, None, None], (out, inner, 1, 1))
     return Node("conv", (*shape_of(x)[:-1], out), [x, w, bias], {"linear": True, "groups": 1})
 

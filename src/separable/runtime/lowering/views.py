@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..graph import Node
 from .registry import Lowered, lowers, shape_of, view
 
@@ -23,6 +25,14 @@ from .registry import Lowered, lowers, shape_of, view
 )
 def _same(x: Node, *rest: Any, memory_format: Any = None) -> Lowered:
     return None if rest and rest[-1] is True else x
+
+
+@lowers("to.dtype", "to.dtype_layout", "to.device", "to.other", "type_as.default")
+def _to(x: Node, *rest: Any, memory_format: Any = None, **options: Any) -> Lowered:
+    """The tensor itself, where it is asked for what it is: nodes are float32 on the CPU."""
+    stays = (None, False, True, torch.float32, torch.strided, torch.device("cpu"))
+    asked = [each for each in (*rest, *options.values()) if not isinstance(each, Node)]
+    return x if memory_format is None and all(each in stays for each in asked) else None
 
 
 @lowers("permute.default")
