@@ -116,6 +116,15 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
     "pools": (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, padding=1), c(12, 6)), True),
     "ceil-pool": (nn.MaxPool2d(3, 2, ceil_mode=True), True),
     "adaptive-pool": (nn.AdaptiveAvgPool2d((5, 7)), True),
+    "pixel-shuffle": (nn.Sequential(c(12, 18), nn.PixelShuffle(3), nn.ReLU(), c(2, 5)), True),
+    "pixel-unshuffle": (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 0)), nn.PixelUnshuffle(2)), True),
+    "channel-shuffle": (nn.Sequential(c(12, 18), nn.ChannelShuffle(3), c(18, 4)), True),
+    "gated": (nn.Sequential(c(12, 18), nn.GLU(1), nn.GLU(2)), True),
+    "shrinking": (nn.Sequential(nn.SELU(), nn.Softshrink(0.3), nn.CELU(0.7), c(12, 6)), True),
+    "narrowed": (
+        Call(lambda x, a: torch.max(a(x).narrow(1, -5, 3), x.movedim(1, -1).mT[:, :3].sum()), a=c(12, 8)),
+        True,
+    ),
     "to-what-it-is": (
         Call(lambda x, a: a(x.to(x.dtype)).type_as(x).to("cpu").to(x), a=c(12, 6)),
         True,

@@ -36,8 +36,8 @@ def _binary(kind: str) -> Callable[..., Lowered]:
 
 for _name in ("add", "sub", "mul", "div"):
     LOWERINGS[f"aten.{_name}.Tensor"] = LOWERINGS[f"aten.{_name}.Scalar"] = _binary(_name)
-LOWERINGS["aten.maximum.default"] = _binary("max")
-LOWERINGS["aten.minimum.default"] = _binary("min")
+LOWERINGS["aten.maximum.default"] = LOWERINGS["aten.max.other"] = _binary("max")
+LOWERINGS["aten.minimum.default"] = LOWERINGS["aten.min.other"] = _binary("min")
 
 
 @lowers("rsub.Scalar", "rsub.Tensor")
@@ -74,6 +74,14 @@ def _power(x: Node, exponent: float) -> Lowered:
 @lowers("square.default")
 def _square(x: Node) -> Lowered:
     return _power(x, 2)
+
+
+@lowers("glu.default")
+def _gated(x: Node, dim: int = -1) -> Lowered:
+    size = shape_of(x)[dim]
+    halves = [LOWERINGS["aten.slice.Tensor"](x, dim, at, at + size // 2) for at in (0, size // 2)]
+    gate = ("mul", operand(0), ("sigmoid", operand(1)))
+    return elementwise(gate, *(half for half in halves if isinstance(half, Node)))
 
 
 @lowers("addcmul.default")

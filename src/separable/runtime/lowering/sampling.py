@@ -164,6 +164,11 @@ def _sum(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any 
     return elementwise(("mul", operand(0), float(count)), mean)
 
 
+@lowers("sum.default")
+def _sum_of_all(x: Node, dtype: Any = None) -> Lowered:
+    return _sum(x, None)
+
+
 @lowers("linalg_vector_norm.default")
 def _norm(
     x: Node, order: float = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None

@@ -82,6 +82,52 @@ def _unflatten(x: Node, dim: int, sizes: Sequence[int]) -> Lowered:
     return view(x, "reshape", (*shape[:dim], *parts, *shape[dim + 1 :]))
 
 
+@lowers("mT.default")
+def _matrix_transpose(x: Node) -> Lowered:
+    return _transpose(x, -2, -1)
+
+
+@lowers("movedim.int")
+def _movedim(x: Node, source: int, destination: int) -> Lowered:
+    order = list(range(len(shape_of(x))))
+    order.insert(destination % len(order), order.pop(source))
+    return _permute(x, order)
+
+
+def _rearranged(
+    x: Node, parts: Sequence[int], order: Sequence[int], shape: Sequence[int]
+) -> Lowered:
+    """`x` taken apart into axes, which are put into another order and together again."""
+    apart = view(x, "reshape", parts)
+    moved = view(apart, "permute", [parts[axis] for axis in order], order=tuple(order))
+    return view(moved, "reshape", shape)
+
+
+@lowers("pixel_shuffle.default")
+def _pixel_shuffle(x: Node, factor: int) -> Lowered:
+    *lead, c, h, w = shape_of(x)
+    n, out = len(lead), c // factor**2
+    parts = (*lead, out, factor, factor, h, w)
+    order = (*range(n + 1), n + 3, n + 1, n + 4, n + 2)
+    return _rearranged(x, parts, order, (*lead, out, h * factor, w * factor))
+
+
+@lowers("pixel_unshuffle.default")
+def _pixel_unshuffle(x: Node, factor: int) -> Lowered:
+    *lead, c, h, w = shape_of(x)
+    n, high, wide = len(lead), h // factor, w // factor
+    parts = (*lead, c, high, factor, wide, factor)
+    order = (*range(n + 1), n + 2, n + 4, n + 1, n + 3)
+    return _rearranged(x, parts, order, (*lead, c * factor**2, high, wide))
+
+
+@lowers("channel_shuffle.default")
+def _channel_shuffle(x: Node, groups: int) -> Lowered:
+    n, c, *size = shape_of(x)
+    order = (0, 2, 1, *range(3, 3 + len(size)))
+    return _rearranged(x, (n, groups, c // groups, *size), order, (n, c, *size))
+
+
 @lowers("squeeze.dim", "squeeze.dims", "squeeze.default")
 def _squeeze(x: Node, dims: Any = None) -> Lowered:
     rank = len(shape_of(x))
@@ -108,6 +154,12 @@ def _slice(
         return x
     shape[dim] = len(chosen)
     return view(x, "slice", shape, axis=dim, start=chosen.start, step=step)
+
+
+@lowers("narrow.default")
+def _narrow(x: Node, dim: int, start: int, length: int) -> Lowered:
+    start %= shape_of(x)[dim]
+    return _slice(x, dim, start, start + length)
 
 
 @lowers("select.int")
