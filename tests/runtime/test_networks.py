@@ -122,7 +122,10 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
     "gated": (nn.Sequential(c(12, 18), nn.GLU(1), nn.GLU(2)), True),
     "shrinking": (nn.Sequential(nn.SELU(), nn.Softshrink(0.3), nn.CELU(0.7), c(12, 6)), True),
     "narrowed": (
-        Call(lambda x, a: torch.max(a(x).narrow(1, -5, 3), x.movedim(1, -1).mT[:, :3].sum()), a=c(12, 8)),
+        Call(
+            lambda x, a: torch.max(a(x).narrow(1, -5, 3), x.movedim(1, -1).mT[:, :3].sum()),
+            a=c(12, 8),
+        ),
         True,
     ),
     "to-what-it-is": (
