@@ -23,8 +23,9 @@ from .kernels import assert_as_exact_as_eager
 
 KINDS = (
     *("dense", "depthwise", "grouped", "pool", "gate", "around", "shuffle", "norm", "upsample"),
-    "foreign",
+    *("foreign", "pad", "adaptive", "pixels"),
 )
+PADS = (nn.ZeroPad2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 _INPUTS = 8  # per network: the error of a few outputs of one input is small by chance
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
     nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.GELU, nn.LeakyReLU,
@@ -93,6 +94,8 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
     }
     if kernel > 1 and spatial["padding"] == 0:
         spatial["padding"] = dilation * (kernel // 2) - draws.choice([0, 1])
+    if kernel == 1:
+        spatial["padding"] = draws.choice([0, 0, 0, 1])
     out = draws.randint(1, 40)
     activation = draws.choice(ACTIVATIONS)()
     kind = draws.choice(KINDS)
@@ -127,6 +130,16 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
     if kind == "upsample":
         mode = draws.choice(["nearest", "bilinear"])
         return nn.Upsample(scale_factor=2, mode=mode), channels
+    if kind == "pad":
+        pad = draws.choice(PADS)(tuple(draws.choice([0, 0, 1, 3]) for _ in range(4)))
+        return nn.Sequential(pad, nn.Conv2d(channels, out, kernel, **spatial), activation), out
+    if kind == "adaptive":
+        pool = draws.choice([nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
+        return pool((draws.randint(1, 12), draws.randint(1, 12))), channels
+    if kind == "pixels" and channels % 4 == 0:
+        return nn.PixelShuffle(2), channels // 4
+    if kind == "pixels":
+        return nn.PixelUnshuffle(2), channels * 4
     if kind == "foreign":
         return nn.Sequential(activation, Foreign(draws.random() < 0.5)), channels
     return activation, channels
@@ -134,7 +147,8 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
 
 def _draw_network(draws: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     channels = draws.randint(1, 20)
-    shape = (draws.randint(1, 2), channels, draws.randint(9, 20), draws.randint(9, 20))
+    height = draws.choice([1, *[draws.randint(9, 20)] * 5])
+    shape = (draws.randint(1, 2), channels, height, draws.randint(9, 20))
     layers: list[nn.Module] = []
     for _ in range(draws.randint(2, 6)):
         layer, channels = draw(draws, channels)
