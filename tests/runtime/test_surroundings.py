@@ -163,6 +163,19 @@ def test_tied_weights_stay_tied() -> None:
     torch.testing.assert_close(compiled(x), reference(model, x))
 
 
+def test_a_fused_step_before_an_error_is_not_forgotten() -> None:
+    model, x = tied()
+    compiled = separable.compile(model, x)
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+    weight = model.b.weight
+    model.b.weight = nn.Parameter(weight.detach().clone())
+    with pytest.raises(RuntimeError, match="are no longer one"):
+        compiled(x)
+    model.b.weight = weight
+    torch.testing.assert_close(compiled(x), reference(model, x))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -76,8 +76,8 @@ class Weights:
         Raises:
             RuntimeError: one is gone, has another shape, or is no longer tied to another.
         """
-        self.stepped = False  # first: steps after this are seen at the next call
         tensors = self._tensors()
+        self.stepped = False  # before a value is read: later steps are seen at the next call
         counted = [tensor for tensor in tensors if not tensor.is_inference()]
         lines: set[int] = set()
         for holder in self._holders:
