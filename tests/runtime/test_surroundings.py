@@ -247,6 +247,11 @@ def test_what_can_not_be_saved(
     assert not list(tmp_path.iterdir())
 
 
+def test_python_functions_are_explained_by_name() -> None:
+    compiled = separable.compile(Constant().eval(), X)
+    assert "torch: as_it_is" in str(compiled.explain(1))
+
+
 def test_softmax_over_one_value_is_saved(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 1, 12).to(memory_format=torch.channels_last)
     compiled = separable.compile(nn.Softmax(2).eval(), x)

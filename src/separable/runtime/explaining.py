@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,9 @@ def _row(step: Step, seconds: float, peak: Peak) -> Row:
     traffic = 4 * sum(size for buffer, size in sizes.items() if buffer.kind != "scratch")
     if step.kernel is None:
         assert node is not None
-        target = str(node.attributes["target"])
+        target = node.attributes["target"]
+        plain = isinstance(target, types.FunctionType | types.BuiltinFunctionType)
+        target = target.__name__ if plain else str(target)
         shape = "×".join(map(str, node.shape or ()))
         return Row(layer, fused, target, shape, "", 0, traffic, None, 0.0, 0.0)
     does, tile = step.kernel.does, step.kernel.tile

@@ -95,7 +95,7 @@ class _Importer:
             return value
         if isinstance(value, Node) and value.kind == "torch":
             return value
-        known = Node("torch", None, [], _torch_call(_given, (value,), {}, _given))
+        known = Node("torch", None, [], _torch_call(as_it_is, (value,), {}, as_it_is))
         if isinstance(value, Node):
             known.inputs, known.attributes["arguments"] = [value], (Operand(0),)
         self.add(known, "")
@@ -204,7 +204,7 @@ class _Importer:
         )
 
 
-def _given(value: Any) -> Any:
+def as_it_is(value: Any) -> Any:
     return value
 
 
@@ -220,7 +220,7 @@ def _handed_over(node: torch.fx.Node) -> Callable[[Any], Any]:
     if "as_strided" in str(node.target):  # counts floats in memory as torch has it
         return torch.Tensor.contiguous
     # Its memory may have other names, which a write in place must not reach.
-    return torch.Tensor.clone if _writes(node) else _given
+    return torch.Tensor.clone if _writes(node) else as_it_is
 
 
 def _is_view(node: torch.fx.Node) -> bool:
