@@ -197,5 +197,5 @@ def load(name: str, weights: Path | None = None) -> nn.Module:
     with progress("building the network"):
         network = create_model(name).eval()
     if weights is not None:
-        load_weights(network, weights)
+        load_weights(network, weights, "--weights")
     return network
