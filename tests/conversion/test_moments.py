@@ -11,6 +11,7 @@ from separable.conversion.moments import Moments, samples
 
 from .test_forms import convolutions
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 @settings(max_examples=60, deadline=None)
 @given(conv=convolutions())
