@@ -13,6 +13,7 @@ from .test_forms import convolutions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
+
 @settings(max_examples=60, deadline=None)
 @given(conv=convolutions())
 def test_patches_times_weight_are_the_outputs(conv):
