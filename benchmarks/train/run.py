@@ -64,7 +64,7 @@ def distilled(name: str, dataset: str, seed: int, fold: float) -> dict[str, Any]
     model, slim = converted(name, dataset, seed, fold)
     result = finetune(slim, teacher=model, data=data.load(dataset)[0], seed=seed, progress=False)
     tests = {}
-    for count in TESTS:
+    for count in TESTS if dataset == "cluttered" else TESTS[:1]:  # there are so many digits
         *_, test, labels = data.load(dataset, test=count)
         right = [networks.right(net, test, labels) for net in (model, slim, result)]
         original, before, after = (100 * each.float().mean().item() for each in right)

@@ -177,9 +177,8 @@ class Program:
         """Compute the packed weights anew; calls that are running keep the old ones."""
         seen = self._watched.look() if self._watched else None
         weights = _aligned_floats(self._constants)
-        # whatever the caller's defaults are
-        plain = torch.autocast("cpu", enabled=False), torch.device("cpu")
-        with torch.no_grad(), evaluation(), plain[0], plain[1]:
+        exact = torch.autocast("cpu", enabled=False)  # whatever the caller's defaults are
+        with torch.no_grad(), evaluation(), exact, torch.device("cpu"):
             for buffer, recipe in self.schedule.constants:
                 value = recipe().detach().to(torch.float32).reshape(-1)
                 weights[buffer.offset : buffer.offset + buffer.size].copy_(value)

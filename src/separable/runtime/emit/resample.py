@@ -81,8 +81,7 @@ def table(resample: Resample) -> torch.Tensor:
     for out, inside, scale, before in axes:
         at = torch.arange(out, dtype=torch.float32)
         if resample.kind in PADDING:
-            first = _padded(resample.kind, at - before, inside)
-            entries.append(torch.stack([first, first, at * 0 + 1, at * 0], 1))
+            entries.append(_alone(_padded(resample.kind, at - before, inside)))
             continue
         if resample.kind in WINDOWS:
             place = torch.arange(out)
@@ -91,13 +90,11 @@ def table(resample: Resample) -> torch.Tensor:
             continue
         double = resample.kind == "nearest" and out == 2 * inside
         if out == inside or double:  # whatever the given factor is
-            first = (at / (1 + double)).floor()
-            entries.append(torch.stack([first, first, at * 0 + 1, at * 0], 1))
+            entries.append(_alone((at / (1 + double)).floor()))
             continue
         if resample.kind == "nearest":
             ratio = torch.tensor(1 / scale if scale else inside / out, dtype=torch.float32)
-            first = (at * ratio).floor().clamp(max=inside - 1)
-            entries.append(torch.stack([first, first, at * 0 + 1, at * 0], 1))
+            entries.append(_alone((at * ratio).floor().clamp(max=inside - 1)))
             continue
         if resample.align_corners:
             ratio = torch.tensor((inside - 1) / (out - 1) if out > 1 else 0.0, dtype=torch.float32)
@@ -110,6 +107,11 @@ def table(resample: Resample) -> torch.Tensor:
         weight = (source - first).clamp(0, 1)
         entries.append(torch.stack([first, second, 1 - weight, weight], 1))
     return torch.cat(entries).flatten()
+
+
+def _alone(place: torch.Tensor) -> torch.Tensor:
+    """Entries of one neighbour each, of weight 1."""
+    return torch.stack([place, place, place * 0 + 1, place * 0], 1)
 
 
 def _padded(kind: str, place: torch.Tensor, inside: int) -> torch.Tensor:

@@ -78,10 +78,9 @@ def _square(x: Node) -> Lowered:
 
 @lowers("glu.default")
 def _gated(x: Node, dim: int = -1) -> Lowered:
-    size = shape_of(x)[dim]
-    halves = [LOWERINGS["aten.slice.Tensor"](x, dim, at, at + size // 2) for at in (0, size // 2)]
-    gate = ("mul", operand(0), ("sigmoid", operand(1)))
-    return elementwise(gate, *(half for half in halves if isinstance(half, Node)))
+    halves = LOWERINGS["aten.chunk.default"](x, 2, dim)
+    assert isinstance(halves, tuple)
+    return elementwise(("mul", operand(0), ("sigmoid", operand(1))), *halves)
 
 
 @lowers("addcmul.default")
