@@ -23,13 +23,14 @@ from .kernels import assert_as_exact_as_eager
 
 KINDS = (
     *("dense", "depthwise", "grouped", "pool", "gate", "around", "shuffle", "norm", "upsample"),
-    *("foreign", "pad", "adaptive", "pixels"),
+    *("foreign", "pad", "adaptive", "pixels", "transposed"),
 )
 PADS = (nn.ZeroPad2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 _INPUTS = 8  # per network: the error of a few outputs of one input is small by chance
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
     nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.GELU, nn.LeakyReLU,
     lambda: nn.GELU("tanh"), nn.Tanh, nn.Identity,
+    nn.Softplus, nn.Mish,
 ]  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
     if kind == "shuffle" and channels % 4 == 0:
         return Shuffle(), channels
     if kind == "norm" and channels > 2:
-        return ChannelNorm(channels), channels
+        return draws.choice([ChannelNorm, nn.InstanceNorm2d])(channels), channels
     if kind == "upsample":
         mode = draws.choice(["nearest", "bilinear"])
         return nn.Upsample(scale_factor=2, mode=mode), channels
@@ -136,6 +137,10 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
     if kind == "adaptive":
         pool = draws.choice([nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
         return pool((draws.randint(1, 12), draws.randint(1, 12))), channels
+    if kind == "transposed":
+        stride = draws.choice([1, 2, 2, 3])
+        grown = nn.ConvTranspose2d(channels, out, kernel, stride, kernel // 3, stride - 1)
+        return nn.Sequential(grown, nn.BatchNorm2d(out), activation), out
     if kind == "pixels" and channels % 4 == 0:
         return nn.PixelShuffle(2), channels // 4
     if kind == "pixels":

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import separable
@@ -195,6 +197,53 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "activations-with-logarithms": (
+        Call(
+            lambda x, a, b: (
+                F.softplus(a(x), 2.0, 1.5) + F.logsigmoid(x) + (x.square() + 0.1).log() + b(x).exp()
+            ),
+            a=c(12, 12),
+            b=c(12, 12),
+        ),
+        True,
+    ),
+    "activations-with-steps": (
+        nn.Sequential(c(12, 12), nn.Hardshrink(0.2), c(12, 9), nn.Threshold(0.1, -2.0)),
+        True,
+    ),
+    "roots": (
+        Call(lambda x, a: (y := a(x).abs() + 0.1) ** 0.5 + y**-0.5 + y**-1, a=c(12, 12)),
+        True,
+    ),
+    "log-softmax": (
+        Call(lambda x, a: a(F.log_softmax(x, 1)).mean((2, 3)).log_softmax(-1) * 2, a=c(12, 10)),
+        True,
+    ),
+    "instance-norm": (
+        nn.Sequential(
+            c(12, 18, 3),
+            nn.InstanceNorm2d(18, affine=True),
+            nn.ReLU(),
+            nn.InstanceNorm2d(18, track_running_stats=True),
+            c(18, 5),
+            nn.Flatten(2),
+            nn.InstanceNorm1d(5),
+        ),
+        True,
+    ),
+    "rms-norm": (
+        Call(
+            lambda x, n, m, w: m(w(n(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)),
+            n=nn.RMSNorm(12, eps=1e-6),
+            m=nn.RMSNorm([12, 10, 7]),
+            w=nn.Linear(12, 12),
+        ),
+        True,
+    ),
+    "layer-norm-of-images": (
+        nn.Sequential(c(12, 6), nn.LayerNorm([6, 10, 7]), nn.LayerNorm([10, 7], bias=False)),
+        True,
+    ),
     "softmax": (Call(lambda x: x.softmax(1) * x.softmax(-1)), True),
     "pad": (Call(lambda x, a: a(F.pad(x, (0, 1, 2, 3))), a=c(12, 6, 3)), True),
     "pad-value": (Call(lambda x: F.pad(x, (1, 0, 0, 2), value=1.5)), True),
@@ -299,7 +348,17 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
-    "transposed": (nn.Sequential(c(12, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU()), False),
+    "transposed": (nn.Sequential(c(12, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU()), True),
+    "transposed-beside": (
+        Call(
+            lambda x, a, b, d: torch.cat([b(F.relu(a(x))), d(x)], 1),
+            a=nn.Sequential(c(12, 8, 3), nn.MaxPool2d(2)),
+            b=nn.Sequential(nn.ConvTranspose2d(8, 6, 4, 2, 1, (0, 1)), nn.BatchNorm2d(6)),
+            d=c(12, 5),
+        ),
+        True,
+    ),
+    "transposed-dilated": (nn.ConvTranspose2d(12, 6, 3, dilation=2), False),
     "attention": (
         Call(lambda x, a: F.scaled_dot_product_attention(*[a(x).flatten(2)] * 3), a=c(12, 8)),
         False,
@@ -349,6 +408,34 @@ def test_networks(model: nn.Module, whole: bool, threads: int) -> None:
         assert y.dtype == e.dtype
         if y.dtype == torch.float32:
             assert_as_exact_as_eager(y, e, d)
+
+
+sizes = st.integers(1, 5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    axes=st.lists(st.tuples(st.integers(1, 9), sizes, sizes, sizes, sizes), min_size=1, max_size=2),
+    groups=st.sampled_from([1, 2, 5]),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 9)),
+    bias=st.booleans(),
+)
+def test_transposed_convolutions(
+    axes: list[tuple[int, ...]], groups: int, channels: tuple[int, int], bias: bool
+) -> None:
+    length, kernel, stride, padding, more = zip(*axes, strict=True)
+    inner, out = (count * groups for count in channels)
+    ends = tuple(m % s for m, s in zip(more, stride, strict=True))
+    outputs = zip(length, kernel, stride, padding, ends, strict=True)
+    assume(all((i - 1) * s - 2 * p + k + m > 0 for i, k, s, p, m in outputs))
+    layer = nn.ConvTranspose2d if len(axes) == 2 else nn.ConvTranspose1d
+    model = layer(inner, out, kernel, stride, padding, ends, groups, bias).eval()
+    x = torch.randn(2, inner, *length)
+    compiled = separable.compile(model, x, threads=1)
+    assert not fallbacks(compiled)
+    y = compiled(x)
+    with torch.no_grad():
+        assert_as_exact_as_eager(y, model(x), model.double()(x.double()))
 
 
 def small() -> nn.Sequential:
@@ -417,11 +504,11 @@ def test_inputs_of_any_stride_and_gradient() -> None:
     expected = model(x).detach()
     strided = torch.randn(2, 12, 6, 16)[..., ::2].copy_(x)
     others = (nn.Parameter(x), torch._neg_view(-x))
-    for given in (
+    for argument in (
         *(x.to(memory_format=torch.channels_last), strided, x.clone().requires_grad_()),
         *others,
     ):
-        result = compiled(given)
+        result = compiled(argument)
         torch.testing.assert_close(result, expected)
         assert not result.requires_grad
 

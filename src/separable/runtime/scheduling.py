@@ -282,7 +282,7 @@ class _Scheduler:
         self.rows(node, "norm", len(node.shape or ()) - 1, eps=node.attributes["eps"])
 
     def _softmax(self, node: Node) -> None:
-        self.rows(node, "softmax", node.attributes["axis"])
+        self.rows(node, node.attributes["function"], node.attributes["axis"])
 
     def rows(self, node: Node, kind: str, axis: int, eps: float = 0.0) -> None:
         x = self.lanes(self.memory.place(node.inputs[0]), axis)

@@ -247,7 +247,7 @@ def _mean(does: Mean, kernel: Kernel) -> tuple[list[int], int]:
 
 def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
     _require(
-        kind=does.kind in ("norm", "softmax", "mean"),
+        kind=does.kind in ("norm", "softmax", "log_softmax", "mean"),
         sizes=len(does.sizes) >= 1,
         x_strides=does.x_strides[-1:] == (1,),
         y_strides=does.kind != "softmax" or does.y_strides[-1:] == (1,) or does.sizes[-1] == 1,

@@ -25,6 +25,10 @@ _LN2 = 0.6931471805599453
 _LN2_SPLIT = (0.693359375, -2.12194440e-4)  # the first times a small integer is exact
 # tanh(x) = x + x³ P(x²) for |x| <= 0.625, relative error 4e-9
 _TANH = (-0.3333328, 0.13331442, -0.05373972, 0.020639097, -0.0057049962)
+# log((1 + s) / (1 - s)) = 2 s + s³ P(s²) for |s| <= 0.172, relative error 3e-8
+_LOG = (0.66666667, 0.40000122, 0.28550783, 0.23331338)
+# log((1 + s) / (1 - s)) = s P(s²) for |s| <= 1/3, relative error 8e-9
+_LOG_FAR = (2.0, 0.66666316, 0.40024854, 0.27961419, 0.28174657)
 # P[X < -a] = exp(-a² / 2) P(1 / (1 + 0.3 a)) for normal X and a >= 0, relative error 6e-8
 _TAIL = (
     7.1695786e-06,
@@ -78,6 +82,29 @@ def mish(x: Expression) -> Expression:
     return ("mul", x, ("div", u, ("add", u, ("add", f, f))))
 
 
+def _log_one_plus_exp_below(x: Expression) -> Expression:
+    """`log(1 + exp(-|x|))`; log(1 + e) = log((1 + s) / (1 - s)), s = e / (2 + e) <= 1/3."""
+    e = ("exp", ("min", x, ("mul", x, -1.0)))
+    s = ("div", e, ("add", e, 2.0))
+    square = ("mul", s, s)
+    sum_: Expression = _LOG_FAR[-1]
+    for coefficient in reversed(_LOG_FAR[:-1]):
+        sum_ = ("fma", sum_, square, coefficient)
+    return ("mul", s, sum_)
+
+
+def softplus(x: Expression, beta: float = 1.0, threshold: float = 20.0) -> Expression:
+    """`log(1 + exp(beta x)) / beta`, or `x` where `beta x` is above the threshold."""
+    scaled = ("mul", x, float(beta)) if beta != 1 else x
+    smooth = ("add", ("max", scaled, 0.0), _log_one_plus_exp_below(scaled))
+    return ("above", scaled, float(threshold), x, ("mul", smooth, 1 / beta))
+
+
+def log_sigmoid(x: Expression) -> Expression:
+    """`-log(1 + exp(-x))`."""
+    return ("sub", ("min", x, 0.0), _log_one_plus_exp_below(x))
+
+
 def gelu(x: Expression, approximate: str = "none") -> Expression:
     """`x P[X < x]` for normal X, exact or by the tanh formula of Hendrycks and Gimpel (2016)."""
     if approximate == "none":
@@ -102,12 +129,18 @@ ACTIVATIONS: dict[str, Callable[..., Expression]] = {
     "selu": lambda x: elu(x, 1.6732632423543772, 1.0507009873554805),
     "celu": lambda x, alpha=1.0: elu(x, alpha, 1.0, 1 / alpha),
     "softshrink": lambda x, limit=0.5: ("sub", x, clamp(x, -limit, limit)),
+    "hardshrink": lambda x, limit=0.5: ("above", ACTIVATIONS["abs"](x), float(limit), x, 0.0),
+    "threshold": lambda x, limit=0.0, below=0.0: ("above", x, float(limit), x, float(below)),
+    "softplus": softplus,
+    "log_sigmoid": log_sigmoid,
     "mish": mish,
     "abs": lambda x: ("max", x, ("sub", 0.0, x)),
     "neg": lambda x: ("mul", x, -1.0),
     "reciprocal": lambda x: ("div", 1.0, x),
     "sqrt": lambda x: ("sqrt", x),
     "rsqrt": lambda x: ("div", 1.0, ("sqrt", x)),
+    "exp": lambda x: ("exp", x),
+    "log": lambda x: ("log", x),
 }
 
 
@@ -140,6 +173,11 @@ def _minimum(b: Builder, x: Value, y: Value) -> Value:
     return b.ir.select(b.ir.fcmp_unordered("!=", x, x), x, smaller)
 
 
+def _above(b: Builder, x: Value, limit: Value, above: Value, other: Value) -> Value:
+    # As in torch, a NaN counts as above.
+    return b.ir.select(b.ir.fcmp_unordered(">", x, limit), above, other)
+
+
 def _exp(b: Builder, x: Value) -> Value:
     fraction, power = _exp_parts(b, x)
     return b.ir.fmul(fraction, power)
@@ -165,6 +203,39 @@ def _exp_parts(b: Builder, x: Value, sign: float = 1.0) -> tuple[Value, Value]:
     shift = ir.Constant(integers, [23] * x.type.count)
     power = b.ir.shl(b.ir.bitcast(rounded, integers), shift)
     return fraction, b.ir.bitcast(power, x.type)
+
+
+def _log(b: Builder, x: Value) -> Value:
+    integers = ir.VectorType(I32, x.type.count)
+
+    def whole(number: int) -> Value:
+        return ir.Constant(integers, [number] * x.type.count)
+
+    # Numbers that are not normal become so, times 2^23.
+    small = b.ir.fcmp_ordered("<", x, _like(b, 2.0**-126, x))
+    normal = b.ir.select(small, b.ir.fmul(x, _like(b, 2.0**23, x)), x)
+    # x = 2^n m with sqrt(1/2) <= m < sqrt(2): exponents count from the bits of sqrt(1/2).
+    bits = b.ir.sub(b.ir.bitcast(normal, integers), whole(0x3F3504F3))
+    n = b.ir.sitofp(b.ir.ashr(bits, whole(23)), x.type)
+    n = b.ir.fsub(n, b.ir.select(small, _like(b, 23.0, x), _like(b, 0.0, x)))
+    m = b.ir.add(b.ir.and_(bits, whole(0x7FFFFF)), whole(0x3F3504F3))
+    # log m = f - f² / 2 + s (f² / 2 + s² P(s²)), f = m - 1, s = f / (2 + f): what is small is added
+    # up before what is large (W. Cody and W. Waite, 1980).
+    f = b.ir.fsub(b.ir.bitcast(m, x.type), _like(b, 1.0, x))
+    s = b.ir.fdiv(f, b.ir.fadd(f, _like(b, 2.0, x)))
+    square = b.ir.fmul(s, s)
+    half = b.ir.fmul(b.ir.fmul(f, f), _like(b, 0.5, x))
+    high, low = (_like(b, part, x) for part in _LN2_SPLIT)
+    tail = b.fma(b.ir.fmul(square, _polynomial(b, square, _LOG)), s, b.ir.fmul(s, half))
+    tail = b.ir.fsub(b.fma(n, low, tail), half)
+    result = b.fma(n, high, b.ir.fadd(f, tail))
+    # Infinity and NaN stay; of 0 it is -infinity, below that NaN.
+    result = b.ir.select(b.ir.fcmp_ordered("<", x, _like(b, float("inf"), x)), result, x)
+    result = b.ir.select(
+        b.ir.fcmp_ordered("==", x, _like(b, 0.0, x)), _like(b, float("-inf"), x), result
+    )
+    negative = b.ir.fcmp_ordered("<", x, _like(b, 0.0, x))
+    return b.ir.select(negative, _like(b, float("nan"), x), result)
 
 
 def _over_one_plus_exp(b: Builder, numerator: Value, x: Value) -> Value:
@@ -201,6 +272,10 @@ def _normal_cdf(b: Builder, x: Value) -> Value:
     return b.ir.select(below, tail, b.ir.fsub(one, tail))
 
 
+def _above_torch(x: torch.Tensor, limit: Any, above: Any, other: Any) -> torch.Tensor:
+    return torch.where(~(x <= limit), above, other)
+
+
 def _normal_cdf_torch(x: torch.Tensor) -> torch.Tensor:
     result: torch.Tensor = torch.special.ndtr(x)
     return result
@@ -215,8 +290,10 @@ PRIMITIVES: dict[str, tuple[Callable[..., Value], Callable[..., Any]]] = {
     "fma": (lambda b, x, y, z: b.fma(x, y, z), lambda x, y, z: x * y + z),
     "max": (_maximum, torch.maximum),
     "min": (_minimum, torch.minimum),
+    "above": (_above, _above_torch),
     "sqrt": (lambda b, x: b.intrinsic("sqrt", x), torch.sqrt),
     "exp": (_exp, torch.exp),
+    "log": (_log, torch.log),
     "sigmoid": (_sigmoid, torch.sigmoid),
     "silu": (lambda b, x: _over_one_plus_exp(b, x, x), F.silu),
     "tanh": (_tanh, torch.tanh),

@@ -1,4 +1,4 @@
-"""Reductions: means over pixels, and layer norm, softmax and means along rows.
+"""Reductions: means over pixels, and layer norm, softmax, its logarithm and means along rows.
 
 mean over pixels:                        along rows:
 for each task (image × channels):        for each task (a row):
@@ -56,15 +56,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class Rows:
-    """Layer norm (without its affine part), softmax, or mean along rows.
+    """Layer norm (without its affine part), softmax, its logarithm, or mean along rows.
 
     Attributes:
-        kind: `"norm"`, `"softmax"` or `"mean"`.
+        kind: `"norm"`, `"softmax"`, `"log_softmax"` or `"mean"`.
         sizes: of the axes, the last being the row.
         x_strides: of the input, 1 along the row.
         y_strides: of the output; a mean has one value per row.
         extra_strides: per further operand, its strides.
-        epilogue: of the result (operand 0) and the extras (1, 2, ...); softmax has none.
+        epilogue: of the result (operand 0) and the extras (1, 2, ...); `"softmax"` has none.
         eps: added to the variance.
     """
 
@@ -236,15 +236,25 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
             store_strided(b, result, b.at(target, b.mul(i, step)), step, n)
 
         size = b.constant(float(length))
-        if rows.kind == "softmax":
+        if "softmax" in rows.kind:
             largest = fold(source, "max", float("-inf"))
 
             def power(value: Value, i: Index, n: int) -> Value:
                 result = expression.PRIMITIVES["exp"][0](b, b.ir.fsub(value, largest))
-                b.store(result, b.at(target, i), n)
+                if rows.kind == "softmax":
+                    b.store(result, b.at(target, i), n)
                 return result
 
             total = fold(source, "add", 0.0, power)
+            if rows.kind == "log_softmax":
+                logarithm = expression.PRIMITIVES["log"][0](b, total)
+
+                def logarithmic(i: Index, n: int) -> None:
+                    value = b.ir.fsub(b.load(b.at(source, i), n), largest)
+                    finish(b.ir.fsub(value, logarithm), i, n)
+
+                each(logarithmic)
+                return
             each(
                 lambda i, n: b.store(
                     b.ir.fdiv(b.load(b.at(target, i), n), total), b.at(target, i), n
@@ -298,5 +308,7 @@ def reference_rows(rows: Rows, x: torch.Tensor, extras: Sequence[torch.Tensor]) 
     ]
     if rows.kind == "mean":
         return expression.evaluate(rows.epilogue, [whole.mean(-1, keepdim=True), *views])
+    if rows.kind == "log_softmax":
+        return expression.evaluate(rows.epilogue, [whole.log_softmax(-1), *views])
     normal = torch.nn.functional.layer_norm(whole, rows.sizes[-1:], eps=rows.eps)
     return expression.evaluate(rows.epilogue, [normal, *views])

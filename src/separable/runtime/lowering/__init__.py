@@ -4,7 +4,7 @@ Each takes the operator's own arguments, tensors replaced by nodes, and returns 
 nodes, or `None` if this call of it is left to torch.
 """
 
-from . import arithmetic, layers, sampling, views
+from . import arithmetic, convolutions, layers, sampling, views
 from .registry import LOWERINGS
 
-__all__ = ["LOWERINGS", "arithmetic", "layers", "sampling", "views"]
+__all__ = ["LOWERINGS", "arithmetic", "convolutions", "layers", "sampling", "views"]

@@ -66,6 +66,9 @@ def _clamp_max(x: Node, high: float) -> Lowered:
 
 @lowers("pow.Tensor_Scalar")
 def _power(x: Node, exponent: float) -> Lowered:
+    root = {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}.get(exponent)
+    if root:
+        return elementwise(ACTIVATIONS[root](operand(0)), x)
     square = ("mul", operand(0), operand(0))
     powers: dict[float, Expression] = {1: operand(0), 2: square, 3: ("mul", square, operand(0))}
     return elementwise(powers[exponent], x) if exponent in powers else None

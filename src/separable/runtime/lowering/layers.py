@@ -1,9 +1,9 @@
-"""Layers with weights, and normalisation."""
+"""Linear layers, and normalisation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,96 +15,10 @@ from .registry import (
     along_channels,
     elementwise,
     lowers,
-    on_a_row,
-    pair,
     shape_of,
     view,
+    zeros,
 )
-from .sampling import padded
-
-
-def _zeros(count: int) -> Node:
-    return constant(lambda: torch.zeros(count, dtype=torch.float32), (count,))
-
-
-@lowers("conv2d.default", "conv1d.default")
-def _conv(
-    x: Node,
-    weight: Node,
-    bias: Node | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Lowered:
-    if weight.kind != "constant" or (bias and bias.kind != "constant"):
-        return None
-    if len(shape_of(x)) != len(shape_of(weight)):  # no batch axis
-        return None
-    one_d = len(shape_of(x)) == 3
-    if one_d:  # a row of an image of height 1
-        n, c, length = shape_of(x)
-        x = view(x, "reshape", (n, c, 1, length))
-        recipe = weight.attributes["recipe"]
-        out, inner, k = shape_of(weight)
-        weight = constant(lambda: recipe().unsqueeze(2), (out, inner, 1, k))
-        stride, padding = on_a_row(1, stride), on_a_row(0, padding)
-        dilation = on_a_row(1, dilation)
-    n, c, h, w = shape_of(x)
-    out, inner, kh, kw = shape_of(weight)
-    stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
-    size = tuple(
-        (i + 2 * p - (k - 1) * d - 1) // s + 1
-        for i, p, k, d, s in zip((h, w), padding, (kh, kw), dilation, stride, strict=True)
-    )
-    bias = bias or _zeros(out)
-    common = {"kernel": (kh, kw), "stride": stride, "padding": padding, "dilation": dilation}
-    if groups == c and inner == 1 and groups > 1:
-        common |= {"kind": "conv", "multiplier": out // c}
-        node = Node("window", (n, out, *size), [x, weight, bias], common)
-    else:
-        node = Node("conv", (n, out, *size), [x, weight, bias], common | {"groups": groups})
-    return view(node, "reshape", (n, out, size[1])) if one_d else node
-
-
-@lowers("conv2d.padding", "conv1d.padding")
-def _conv_same(
-    x: Node,
-    weight: Node,
-    bias: Node | None = None,
-    stride: Any = 1,
-    padding: str = "valid",
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Lowered:
-    axes = len(shape_of(weight)) - 2
-    if len(shape_of(x)) != axes + 2:
-        return None
-    zeros = (0,) * axes
-    if padding == "valid":
-        return _conv(x, weight, bias, stride, zeros, dilation, groups)
-    d = [dilation] * axes if isinstance(dilation, int) else list(dilation) * (axes // len(dilation))
-    total = [di * (k - 1) for di, k in zip(d, shape_of(weight)[2:], strict=True)]
-    before = [t // 2 for t in total]
-    after = [t - b for t, b in zip(total, before, strict=True)]
-    return _conv(padded(x, before, after, 0.0), weight, bias, stride, zeros, dilation, groups)
-
-
-@lowers("convolution.default")
-def _convolution(
-    x: Node,
-    weight: Node,
-    bias: Node | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-) -> Lowered:
-    if transposed or len(shape_of(x)) > 4:
-        return None
-    return _conv(x, weight, bias, stride, padding, dilation, groups)
 
 
 @lowers("linear.default")
@@ -113,7 +27,7 @@ def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
         return None
     out, inner = shape_of(weight)
     recipe = weight.attributes["recipe"]
-    bias = bias or _zeros(out)
+    bias = bias or zeros(out)
     w = constant(lambda: recipe()[:, :, None, None], (out, inner, 1, 1))
     return Node("conv", (*shape_of(x)[:-1], out), [x, w, bias], {"linear": True, "groups": 1})
 
@@ -184,9 +98,13 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn: bool = False,
 ) -> Lowered:
-    if len(shape) != 1 or any(p and p.kind != "constant" for p in (weight, bias)):
+    if any(p and p.kind != "constant" for p in (weight, bias)):
         return None
-    node = Node("norm", shape_of(x), [x], {"eps": eps})
+    rows = (*shape_of(x)[: -len(shape)], math.prod(shape))
+    whole = x if len(shape) == 1 else view(x, "reshape", rows)
+    node = Node("norm", rows, [whole], {"eps": eps})
+    if len(shape) > 1:
+        node = view(node, "reshape", shape_of(x))
     if weight:
         node = elementwise(("mul", operand(0), operand(1)), node, weight)
     return elementwise(("add", operand(0), operand(1)), node, bias) if bias else node
@@ -230,6 +148,47 @@ def _group_norm(
     return node
 
 
-@lowers("softmax.int", "_softmax.default")
-def _softmax(x: Node, dim: int, *rest: Any) -> Lowered:
-    return Node("softmax", shape_of(x), [x], {"axis": dim % len(shape_of(x))})
+@lowers("instance_norm.default")
+def _instance_norm(
+    x: Node,
+    weight: Node | None,
+    bias: Node | None,
+    mean: Node | None,
+    var: Node | None,
+    use_input: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool = False,
+) -> Lowered:
+    if not use_input:
+        return _batch_norm(x, weight, bias, mean, var, False, momentum, eps)
+    # statistics that are kept would have to be written
+    return _group_norm(x, shape_of(x)[1], weight, bias, eps) if mean is None else None
+
+
+@lowers("rms_norm.default")
+def _rms_norm(
+    x: Node, shape: Sequence[int], weight: Node | None = None, eps: float | None = None
+) -> Lowered:
+    if weight and weight.kind != "constant":
+        return None
+    rank = len(shape_of(x))
+    axes = tuple(range(rank - len(shape), rank))
+    kept = (*shape_of(x)[: axes[0]], *[1] * len(axes))
+    squares = elementwise(("mul", operand(0), operand(0)), x)
+    mean = Node("mean", kept, [squares], {"axes": axes})
+    root = ("sqrt", ("add", operand(1), torch.finfo(torch.float32).eps if eps is None else eps))
+    node = elementwise(("div", operand(0), root), x, mean)
+    return elementwise(("mul", operand(0), operand(1)), node, weight) if weight else node
+
+
+def _softmax_like(function: str) -> Callable[..., Lowered]:
+    def lower(x: Node, dim: int, *rest: Any) -> Lowered:
+        axis = dim % len(shape_of(x))
+        return Node("softmax", shape_of(x), [x], {"axis": axis, "function": function})
+
+    return lower
+
+
+for _name in ("softmax", "log_softmax"):
+    lowers(f"{_name}.int", f"_{_name}.default")(_softmax_like(_name))

@@ -36,6 +36,13 @@ def view(x: Node, kind: str, shape: Sequence[int], **attributes: Any) -> Node:
     return Node("view", tuple(shape), [x], {"view": kind, **attributes})
 
 
+def rearranged(x: Node, parts: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Node:
+    """`x` taken apart into axes, which are put into another order and together again."""
+    apart = view(x, "reshape", parts)
+    moved = view(apart, "permute", [parts[axis] for axis in order], order=tuple(order))
+    return view(moved, "reshape", shape)
+
+
 def shape_of(x: Node) -> tuple[int, ...]:
     """The shape of a float32 tensor."""
     assert x.shape is not None
@@ -45,6 +52,11 @@ def shape_of(x: Node) -> tuple[int, ...]:
 def on_a_row(fill: int, value: int | Sequence[int]) -> tuple[int, int]:
     """An argument for the one axis of a sequence, as one for an image of height 1."""
     return (fill, value if isinstance(value, int) else value[0])
+
+
+def zeros(count: int) -> Node:
+    """A constant: the bias of a layer that has none."""
+    return constant(lambda: torch.zeros(count, dtype=torch.float32), (count,))
 
 
 def along_channels(parameter: Node, rank: int) -> Node:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..graph import Node
-from .registry import Lowered, lowers, shape_of, view
+from .registry import Lowered, lowers, rearranged, shape_of, view
 
 
 @lowers(
@@ -94,22 +94,13 @@ def _movedim(x: Node, source: int, destination: int) -> Lowered:
     return _permute(x, order)
 
 
-def _rearranged(
-    x: Node, parts: Sequence[int], order: Sequence[int], shape: Sequence[int]
-) -> Lowered:
-    """`x` taken apart into axes, which are put into another order and together again."""
-    apart = view(x, "reshape", parts)
-    moved = view(apart, "permute", [parts[axis] for axis in order], order=tuple(order))
-    return view(moved, "reshape", shape)
-
-
 @lowers("pixel_shuffle.default")
 def _pixel_shuffle(x: Node, factor: int) -> Lowered:
     *lead, c, h, w = shape_of(x)
     n, out = len(lead), c // factor**2
     parts = (*lead, out, factor, factor, h, w)
     order = (*range(n + 1), n + 3, n + 1, n + 4, n + 2)
-    return _rearranged(x, parts, order, (*lead, out, h * factor, w * factor))
+    return rearranged(x, parts, order, (*lead, out, h * factor, w * factor))
 
 
 @lowers("pixel_unshuffle.default")
@@ -118,14 +109,14 @@ def _pixel_unshuffle(x: Node, factor: int) -> Lowered:
     n, high, wide = len(lead), h // factor, w // factor
     parts = (*lead, c, high, factor, wide, factor)
     order = (*range(n + 1), n + 2, n + 4, n + 1, n + 3)
-    return _rearranged(x, parts, order, (*lead, c * factor**2, high, wide))
+    return rearranged(x, parts, order, (*lead, c * factor**2, high, wide))
 
 
 @lowers("channel_shuffle.default")
 def _channel_shuffle(x: Node, groups: int) -> Lowered:
     n, c, *size = shape_of(x)
     order = (0, 2, 1, *range(3, 3 + len(size)))
-    return _rearranged(x, (n, groups, c // groups, *size), order, (n, c, *size))
+    return rearranged(x, (n, groups, c // groups, *size), order, (n, c, *size))
 
 
 @lowers("squeeze.dim", "squeeze.dims", "squeeze.default")
