@@ -289,6 +289,15 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "one-channel-residual": (
+        Call(
+            lambda x, a, b, d: d(y := x[:, 3:4]) - y + b(F.relu(a(y))) * y,
+            a=c(1, 28, 3),
+            b=c(28, 1),
+            d=nn.Conv2d(1, 1, 3, padding=1, groups=1),
+        ),
+        True,
+    ),
     "branches": (
         Call(
             lambda x, a: sum(torch.stack([p.pow(2), -p.abs()], 1).sum(1) for p in a(x).unbind(2)),

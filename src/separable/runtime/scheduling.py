@@ -112,7 +112,9 @@ class _Scheduler:
         places = []
         for source in node.inputs[len(node.inputs) - node.extras :]:
             place = self.memory.place(source).through(lambda t: t.expand(shape))
-            if place.strides[axis] not in (0, 1):
+            if shape[axis] == 1:  # whatever its stride
+                place = place.through(lambda t: t.squeeze(axis).unsqueeze(-1).movedim(-1, axis))
+            elif place.strides[axis] not in (0, 1):
                 small = self.memory.place(source)
                 missing = len(shape) - len(small.shape)
                 place = self.lanes(small, axis - missing).through(lambda t: t.expand(shape))
