@@ -11,7 +11,7 @@ from separable.runtime.emit import elementwise, reduction, resample
 from separable.runtime.emit.elementwise import Map
 from separable.runtime.emit.expression import ACTIVATIONS, PRIMITIVES, evaluate, operand
 from separable.runtime.emit.kernel import Kernel
-from separable.runtime.emit.reduction import Mean, Rows
+from separable.runtime.emit.reduction import Columns, Rows
 from separable.runtime.emit.resample import Resample
 from separable.runtime.machine import Machine, host
 
@@ -100,10 +100,14 @@ def test_maps(
 
 @pytest.mark.parametrize("channels", [1, 7, 32, 45, 70])
 @pytest.mark.parametrize("pixels", [(1, 1), (5, 3), (90, 70), (1, 4000)])
-def test_means_over_pixels(channels: int, pixels: tuple[int, int], machine: Machine) -> None:
+@pytest.mark.parametrize("kind", ["mean", "max"])
+def test_reductions_over_pixels(
+    kind: str, channels: int, pixels: tuple[int, int], machine: Machine
+) -> None:
     h, w = pixels
     x, extra = random(2 * h * w * channels) + 3, random(2 * channels)
-    does = Mean(
+    does = Columns(
+        kind=kind,
         kept=(2, channels),
         reduced=pixels,
         x_kept=(h * w * channels, 1),
@@ -113,23 +117,23 @@ def test_means_over_pixels(channels: int, pixels: tuple[int, int], machine: Mach
         epilogue=("mul", operand(0), operand(1)),
     )
     y = run(Kernel(does, machine), [x, extra], 2 * channels).view(2, channels)
-    exact = reduction.reference_mean(does, x.double(), [extra.double()])
-    assert_as_exact_as_eager(y, reduction.reference_mean(does, x, [extra]), exact)
+    exact = reduction.reference_columns(does, x.double(), [extra.double()])
+    assert_as_exact_as_eager(y, reduction.reference_columns(does, x, [extra]), exact)
 
 
-@pytest.mark.parametrize("kind", ["norm", "softmax", "log_softmax", "mean"])
+@pytest.mark.parametrize("kind", ["norm", "softmax", "log_softmax", "mean", "max"])
 @pytest.mark.parametrize("length", [1, 3, 8, 29, 64, 777, 20_000])
 def test_rows(kind: str, length: int, machine: Machine) -> None:
     if kind == "norm" and length == 1:
         pytest.skip("the variance of one value is 0")
     x, extra = random(6 * length) * 3 + 1, random(length)
-    width = 1 if kind == "mean" else length
+    width = 1 if kind in ("mean", "max") else length
     does = Rows(
         kind=kind,
         sizes=(2, 3, length),
         x_strides=(3 * length, length, 1),
         y_strides=(3 * width, width, 1),
-        extra_strides=() if kind == "softmax" else ((0, 0, 0 if kind == "mean" else 1),),
+        extra_strides=() if kind == "softmax" else ((0, 0, int(width == length)),),
         epilogue=operand(0) if kind == "softmax" else ("mul", operand(0), operand(1)),
         eps=1e-5,
     )

@@ -289,6 +289,42 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "spatial-attention": (
+        Call(
+            lambda x, a: x * a(torch.cat([x.mean(1, True), x.max(1, True)[0]], 1)).sigmoid(),
+            a=c(2, 1, 7),
+        ),
+        True,
+    ),
+    "extremes": (
+        Call(lambda x, a: a(x.amax((2, 3), True) - x.amin(-1, True)) + a(x).max(), a=c(12, 6)),
+        True,
+    ),
+    "standardised": (
+        Call(
+            lambda x, a: (
+                a(x - x.mean((2, 3), True)) / a(x).std((2, 3), keepdim=True)
+                + x.var(1, keepdim=True, correction=0)
+            ),
+            a=c(12, 12),
+        ),
+        True,
+    ),
+    "repeats": (
+        Call(
+            lambda x, a: (
+                a(x.roll((2, -3), (2, 3))).repeat_interleave(2, 1)
+                + x.mean((2, 3), True).repeat(1, 1, 10, 7)
+                + x.mean(1).repeat(12, 1, 1, 1).transpose(0, 1)
+            ),
+            a=c(12, 6),
+        ),
+        True,
+    ),
+    "constant-on-the-left": (
+        Call(lambda x, a: (a.weight[:, :, 0, 0] @ x.flatten(2)).relu(), a=c(12, 7)),
+        True,
+    ),
     "one-channel-residual": (
         Call(
             lambda x, a, b, d: d(y := x[:, 3:4]) - y + b(F.relu(a(y))) * y,

@@ -75,7 +75,7 @@ def test_entry_point() -> None:
 
 
 def test_explain_and_assembly() -> None:
-    model = nn.Sequential(network()[:5], nn.ConvTranspose2d(10, 4, 2)).eval()
+    model = nn.Sequential(network()[:5], nn.ConvTranspose2d(10, 4, 2, dilation=2)).eval()
     compiled = separable.compile(model, torch.randn(1, 3, 20, 20), fuse=False)
     explanation = compiled.explain(repeats=2)
     assert [row.operation for row in explanation.rows[:3]] == ["3×3", "depthwise", "pointwise"]

@@ -15,6 +15,7 @@ from . import jit
 from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.kernel import Description, Kernel, Tile
+from .emit.reduction import Columns
 from .emit.relayout import Relayout
 from .emit.window import Window
 from .execute import Program
@@ -212,6 +213,8 @@ def _operation(does: Description) -> str:
     if isinstance(does, Relayout):
         return "layout"
     kind = getattr(does, "kind", "")
+    if isinstance(does, Columns):
+        return str(kind)
     if isinstance(does, Window):
         return {"conv": "depthwise", "max": "max pool", "mean": "average pool"}[kind]
     return type(does).__name__.lower() + (f" {kind}" if kind else "")

@@ -36,7 +36,7 @@ from .emit.chain import Chain, ChainTile
 from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.kernel import Kernel
-from .emit.reduction import Mean, Rows
+from .emit.reduction import Columns, Rows
 from .emit.relayout import Relayout
 from .emit.resample import ENTRY, Resample
 from .emit.window import Window, WindowTile
@@ -47,10 +47,10 @@ from .steps import Schedule, Step
 from .validation import check_footprint, parsed
 
 _MAGIC = b"separable-runtime"
-_FORMAT = 4
+_FORMAT = 5
 _DIGEST = hashlib.sha256
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Conv, Window, Relayout, Map, Mean, Rows, Resample)
+    kind.__name__: kind for kind in (Conv, Window, Relayout, Map, Columns, Rows, Resample)
 }
 _TILES: dict[type, Any] = {Conv: ConvTile, Window: WindowTile}
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}

@@ -20,7 +20,7 @@ from .emit.conv import Conv
 from .emit.elementwise import Map
 from .emit.expression import operand
 from .emit.kernel import Description, Kernel
-from .emit.reduction import Mean, Rows
+from .emit.reduction import Columns, Rows
 from .emit.resample import Resample
 from .emit.tiling import merge_axes
 from .emit.window import Window
@@ -249,7 +249,7 @@ class _Scheduler:
         does = Map(tuple(sizes), tuple(x_walks), y_walk, epilogue)
         self.step(node, does, [*broadcast, y])
 
-    def _mean(self, node: Node) -> None:
+    def _reduce(self, node: Node) -> None:
         assert node.shape is not None
         x = self.memory.place(node.inputs[0])
         axes = node.attributes["axes"]
@@ -259,7 +259,8 @@ class _Scheduler:
         others = [i for i in range(len(x.shape)) if i not in axes]
         if lanes and lanes[0] not in axes:
             kept = [*(i for i in others if i != lanes[0]), lanes[0]]
-            does: Description = Mean(
+            does: Description = Columns(
+                kind=node.attributes["function"],
                 kept=tuple(x.shape[i] for i in kept),
                 reduced=tuple(x.shape[i] for i in axes),
                 x_kept=tuple(x.strides[i] for i in kept),
@@ -271,7 +272,7 @@ class _Scheduler:
         else:
             x = self.relaid(x, [*others, *axes])
             does = Rows(
-                kind="mean",
+                kind=node.attributes["function"],
                 sizes=(*(x.shape[i] for i in others), math.prod(x.shape[i] for i in axes)),
                 x_strides=(*(x.strides[i] for i in others), 1),
                 y_strides=(*(y.strides[i] for i in others), 1),

@@ -23,7 +23,7 @@ from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.expression import PRIMITIVES, Expression, operands_of
 from .emit.kernel import Kernel
-from .emit.reduction import Mean, Rows
+from .emit.reduction import Columns, Rows
 from .emit.relayout import Relayout
 from .emit.resample import Resample
 from .emit.window import Window, WindowTile
@@ -238,21 +238,25 @@ def _map(does: Map, kernel: Kernel) -> tuple[list[int], int]:
     return [*operands, _written(does.sizes, does.y_strides)], len(operands)
 
 
-def _mean(does: Mean, kernel: Kernel) -> tuple[list[int], int]:
+def _columns(does: Columns, kernel: Kernel) -> tuple[list[int], int]:
     x = _reach((*does.kept, *does.reduced), (*does.x_kept, *does.x_reduced))
-    _require(kept=len(does.kept) >= 1, x_kept=does.x_kept[-1:] == (1,))
+    _require(
+        kind=does.kind in ("mean", "max"),
+        kept=len(does.kept) >= 1,
+        x_kept=does.x_kept[-1:] == (1,),
+    )
     extras = [_reach(does.kept, strides) for strides in does.extra_strides]
     return [x, *extras, _written(does.kept, does.y_strides)], 1 + len(extras)
 
 
 def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
     _require(
-        kind=does.kind in ("norm", "softmax", "log_softmax", "mean"),
+        kind=does.kind in ("norm", "softmax", "log_softmax", "mean", "max"),
         sizes=len(does.sizes) >= 1,
         x_strides=does.x_strides[-1:] == (1,),
         y_strides=does.kind != "softmax" or does.y_strides[-1:] == (1,) or does.sizes[-1] == 1,
     )
-    out = (*does.sizes[:-1], 1) if does.kind == "mean" else does.sizes
+    out = (*does.sizes[:-1], 1) if does.kind in ("mean", "max") else does.sizes
     extras = [_reach(out, strides) for strides in does.extra_strides]
     x, y = _reach(does.sizes, does.x_strides), _written(out, does.y_strides)
     return [x, *extras, y], 1 + len(extras)
@@ -293,7 +297,7 @@ _FOOTPRINTS: dict[type, Callable[[Any, Kernel], tuple[list[int], int]]] = {
     Window: _window,
     Relayout: _relayout,
     Map: _map,
-    Mean: _mean,
+    Columns: _columns,
     Rows: _rows,
     Resample: _resample,
 }

@@ -11,12 +11,12 @@ from . import chain, conv, elementwise, reduction, relayout, resample, window
 from .chain import Chain, ChainTile
 from .conv import Conv, ConvTile
 from .elementwise import Map
-from .reduction import Mean, Rows
+from .reduction import Columns, Rows
 from .relayout import Relayout
 from .resample import Resample
 from .window import Window, WindowTile
 
-Description = Conv | Window | Relayout | Chain | Map | Mean | Rows | Resample
+Description = Conv | Window | Relayout | Chain | Map | Columns | Rows | Resample
 Tile = ConvTile | WindowTile | ChainTile
 
 
@@ -51,8 +51,8 @@ class Kernel:
                 return chain.tasks(self.does, self.tile)
             case Map():
                 return elementwise.tasks(self.does, self.machine)
-            case Mean():
-                return reduction.mean_tasks(self.does, self.machine)
+            case Columns():
+                return reduction.column_tasks(self.does, self.machine)
             case Rows():
                 return reduction.row_tasks(self.does)
             case Resample():
@@ -81,8 +81,8 @@ def _ir(kernel: Kernel) -> str:
             return chain.emit(does, kernel.tile, machine)
         case Map():
             return elementwise.emit(does, machine)
-        case Mean():
-            return reduction.emit_mean(does, machine)
+        case Columns():
+            return reduction.emit_columns(does, machine)
         case Rows():
             return reduction.emit_rows(does, machine)
         case Resample():

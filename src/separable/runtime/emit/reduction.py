@@ -1,10 +1,10 @@
-"""Reductions: means over pixels, and layer norm, softmax, its logarithm and means along rows.
+"""Reductions: means and maxima over pixels or along rows; layer norm and softmax of rows.
 
-mean over pixels:                        along rows:
+over pixels:                             along rows:
 for each task (image × channels):        for each task (a row):
   for each row, for each pixel:            statistics of the row
-    sums += pixels (vectors of channels)   output = epilogue(row, statistics)
-  output = epilogue(sums / count)
+    totals += pixels (of channels)         output = epilogue(row, statistics)
+  output = epilogue(totals / count)
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ _CHAIN = 16  # values added up in one go; rounding errors grow with the root of 
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Means over some axes of dense channels; all strides count floats.
+class Columns:
+    """Means or maxima over some axes of dense channels; all strides count floats.
 
     Attributes:
+        kind: `"mean"` or `"max"`.
         kept: sizes of the axes that stay, the last being channels.
-        reduced: sizes of the axes that are averaged over.
+        reduced: sizes of the axes that go.
         x_kept: input strides along the kept axes, 1 along the last.
         x_reduced: input strides along the reduced axes.
         y_strides: output strides along the kept axes.
         extra_strides: per further operand, strides along the kept axes.
-        epilogue: of the mean (operand 0) and the extras (1, 2, ...).
+        epilogue: of the result (operand 0) and the extras (1, 2, ...).
     """
 
+    kind: str
     kept: tuple[int, ...]
     reduced: tuple[int, ...]
     x_kept: tuple[int, ...]
@@ -50,19 +52,19 @@ class Mean:
 
     @property
     def macs(self) -> int:
-        """None: a mean multiplies no matrix."""
+        """None: a reduction multiplies no matrix."""
         return 0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Layer norm (without its affine part), softmax, its logarithm, or mean along rows.
+    """Layer norm (without its affine part), softmax, its logarithm, mean or maximum of rows.
 
     Attributes:
-        kind: `"norm"`, `"softmax"`, `"log_softmax"` or `"mean"`.
+        kind: `"norm"`, `"softmax"`, `"log_softmax"`, `"mean"` or `"max"`.
         sizes: of the axes, the last being the row.
         x_strides: of the input, 1 along the row.
-        y_strides: of the output; a mean has one value per row.
+        y_strides: of the output; means and maxima have one value per row.
         extra_strides: per further operand, its strides.
         epilogue: of the result (operand 0) and the extras (1, 2, ...); `"softmax"` has none.
         eps: added to the variance.
@@ -82,9 +84,9 @@ class Rows:
         return 0
 
 
-def mean_tasks(mean: Mean, machine: Machine) -> int:
+def column_tasks(columns: Columns, machine: Machine) -> int:
     """One per image and group of channels."""
-    return math.prod(mean.kept[:-1]) * -(-mean.kept[-1] // (_VECTORS * machine.width))
+    return math.prod(columns.kept[:-1]) * -(-columns.kept[-1] // (_VECTORS * machine.width))
 
 
 def row_tasks(rows: Rows) -> int:
@@ -92,46 +94,46 @@ def row_tasks(rows: Rows) -> int:
     return math.prod(rows.sizes[:-1])
 
 
-def emit_mean(mean: Mean, machine: Machine) -> str:
+def emit_columns(columns: Columns, machine: Machine) -> str:
     """Generate the kernel; its arguments are input, extras and output."""
-    b = Builder(machine, 2 + len(mean.extra_strides))
+    b = Builder(machine, 2 + len(columns.extra_strides))
     x, *extras, y = b.pointers
-    channels = mean.kept[-1]
+    channels = columns.kept[-1]
     group = _VECTORS * b.width
     whole = channels // group
     rest = channels - whole * group
-    count = math.prod(mean.reduced)
+    count = math.prod(columns.reduced)
 
     def vectors(place: list[Index], c: Index, lanes: list[int]) -> None:
-        start = b.at(x, b.add(b.dot(place, mean.x_kept[:-1]), c))
+        start = b.at(x, b.add(b.dot(place, columns.x_kept[:-1]), c))
 
         def total(axis: int, pointer: Value) -> list[Value]:
-            if axis == len(mean.reduced):
+            if axis == len(columns.reduced):
                 return [b.load(b.at(pointer, v * b.width), n) for v, n in enumerate(lanes)]
 
             def turn(i: Index) -> list[Value]:
-                return total(axis + 1, b.at(pointer, b.mul(i, mean.x_reduced[axis])))
+                return total(axis + 1, b.at(pointer, b.mul(i, columns.x_reduced[axis])))
 
-            return _sum(b, mean.reduced[axis], turn, len(lanes))
+            return _fold(b, columns.kind, columns.reduced[axis], turn, len(lanes))
 
         for v, (value, n) in enumerate(zip(total(0, start), lanes, strict=True)):
             at = b.add(c, v * b.width)
-            average = b.ir.fdiv(value, b.constant(float(count)))
+            result = b.ir.fdiv(value, b.constant(float(count))) if columns.kind == "mean" else value
 
-            def operand(k: int, at: Index = at, n: int = n, average: Value = average) -> Value:
+            def operand(k: int, at: Index = at, n: int = n, result: Value = result) -> Value:
                 if k == 0:
-                    return average
-                strides = mean.extra_strides[k - 1]
+                    return result
+                strides = columns.extra_strides[k - 1]
                 return load_strided(
                     b, b.at(extras[k - 1], b.dot((*place, at), strides)), strides[-1], n
                 )
 
-            result = expression.emit(b, mean.epilogue, operand)
-            target = b.at(y, b.dot((*place, at), mean.y_strides))
-            store_strided(b, result, target, mean.y_strides[-1], n)
+            final = expression.emit(b, columns.epilogue, operand)
+            target = b.at(y, b.dot((*place, at), columns.y_strides))
+            store_strided(b, final, target, columns.y_strides[-1], n)
 
     def task(t: Index) -> None:
-        *place, part = b.split(t, (*mean.kept[:-1], whole + (rest > 0)))
+        *place, part = b.split(t, (*columns.kept[:-1], whole + (rest > 0)))
         full = [b.width] * _VECTORS
         if not rest:
             vectors(place, b.mul(part, group), full)
@@ -151,24 +153,33 @@ def emit_mean(mean: Mean, machine: Machine) -> str:
     return b.finish()
 
 
-def _sum(b: Builder, count: int, turn: Callable[[Index], list[Value]], sums: int) -> list[Value]:
-    """Add up the `sums` vectors of `turn(i)` for `0 <= i < count`, as a tree of short sums."""
+_START = {"mean": 0.0, "max": -math.inf}
 
-    def add(totals: Sequence[Value], values: Sequence[Value]) -> list[Value]:
-        return [b.ir.fadd(t, v) for t, v in zip(totals, values, strict=True)]
+
+def _join(b: Builder, kind: str, x: Value, y: Value) -> Value:
+    return b.ir.fadd(x, y) if kind == "mean" else expression.PRIMITIVES["max"][0](b, x, y)
+
+
+def _fold(
+    b: Builder, kind: str, count: int, turn: Callable[[Index], list[Value]], vectors: int
+) -> list[Value]:
+    """Join the `vectors` of `turn(i)` for `0 <= i < count`, as a tree of short sums or maxima."""
+
+    def join(totals: Sequence[Value], values: Sequence[Value]) -> list[Value]:
+        return [_join(b, kind, t, v) for t, v in zip(totals, values, strict=True)]
 
     def total(start: Index, count: int) -> list[Value]:
-        zeros = [b.zero()] * sums
+        before = [b.constant(_START[kind])] * vectors
         if count <= _CHAIN:
-            return b.loop(0, count, lambda i, *t: add(t, turn(b.add(start, i))), zeros)
+            return b.loop(0, count, lambda i, *t: join(t, turn(b.add(start, i))), before)
         block = _CHAIN
         while block * _CHAIN < count:
             block *= _CHAIN
         whole, rest = divmod(count, block)
         totals = b.loop(
-            0, whole, lambda k, *t: add(t, total(b.add(start, b.mul(k, block)), block)), zeros
+            0, whole, lambda k, *t: join(t, total(b.add(start, b.mul(k, block)), block)), before
         )
-        return add(totals, total(b.add(start, whole * block), rest)) if rest else totals
+        return join(totals, total(b.add(start, whole * block), rest)) if rest else totals
 
     return total(0, count)
 
@@ -183,33 +194,25 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
     def fold(
         pointer: Value,
         kind: str,
-        start: float,
         value: Callable[[Value, Index, int], Value] = lambda v, i, n: v,
     ) -> Value:
-        """Combine `value(vector, position, lanes)` over the row, into every lane."""
-
-        def combine(a: Value, c: Value) -> Value:
-            return b.ir.fadd(a, c) if kind == "add" else b.intrinsic("maximum", a, c)
+        """Join `value(vector, position, lanes)` over the row, into every lane."""
 
         def vector(i: Index) -> Value:
             return value(b.load(b.at(pointer, i)), i, b.width)
 
-        if kind == "add":
-            (total,) = _sum(b, whole // b.width, lambda i: [vector(b.mul(i, b.width))], 1)
-        else:
-            (total,) = b.loop(
-                0, whole, lambda i, t: [combine(t, vector(i))], [b.constant(start)], step=b.width
-            )
+        (total,) = _fold(b, kind, whole // b.width, lambda i: [vector(b.mul(i, b.width))], 1)
         if whole < length:
             n = length - whole
             last = value(b.load(b.at(pointer, whole), n), whole, n)
             used = ir.Constant(
                 ir.VectorType(ir.IntType(1), b.width), [lane < n for lane in range(b.width)]
             )
-            total = combine(total, b.ir.select(used, last, b.constant(start)))
+            total = _join(b, kind, total, b.ir.select(used, last, b.constant(_START[kind])))
         distance = b.width // 2
         while distance:
-            total = combine(total, b.pick(total, [lane ^ distance for lane in range(b.width)]))
+            other = b.pick(total, [lane ^ distance for lane in range(b.width)])
+            total = _join(b, kind, total, other)
             distance //= 2
         return total
 
@@ -237,7 +240,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
 
         size = b.constant(float(length))
         if "softmax" in rows.kind:
-            largest = fold(source, "max", float("-inf"))
+            largest = fold(source, "max")
 
             def power(value: Value, i: Index, n: int) -> Value:
                 result = expression.PRIMITIVES["exp"][0](b, b.ir.fsub(value, largest))
@@ -245,7 +248,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
                     b.store(result, b.at(target, i), n)
                 return result
 
-            total = fold(source, "add", 0.0, power)
+            total = fold(source, "mean", power)
             if rows.kind == "log_softmax":
                 logarithm = expression.PRIMITIVES["log"][0](b, total)
 
@@ -261,7 +264,10 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
                 )
             )
             return
-        mean = b.ir.fdiv(fold(source, "add", 0.0), size)
+        if rows.kind == "max":
+            finish(fold(source, "max"), 0, 1)
+            return
+        mean = b.ir.fdiv(fold(source, "mean"), size)
         if rows.kind == "mean":
             finish(mean, 0, 1)
             return
@@ -270,7 +276,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
             away = b.ir.fsub(value, mean)
             return b.ir.fmul(away, away)
 
-        variance = b.ir.fdiv(fold(source, "add", 0.0, square), size)
+        variance = b.ir.fdiv(fold(source, "mean", square), size)
         deviation = b.intrinsic("sqrt", b.ir.fadd(variance, b.constant(rows.eps)))
         scale = b.broadcast(
             b.ir.fdiv(b.constant(1.0, F32), b.ir.extract_element(deviation, I32(0)))
@@ -286,15 +292,23 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
     return b.finish()
 
 
-def reference_mean(mean: Mean, x: torch.Tensor, extras: Sequence[torch.Tensor]) -> torch.Tensor:
+def reference_columns(
+    columns: Columns, x: torch.Tensor, extras: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """The same in plain torch, on flat operands."""
-    whole = x.as_strided((*mean.kept, *mean.reduced), (*mean.x_kept, *mean.x_reduced))
-    axes = tuple(range(len(mean.kept), len(mean.kept) + len(mean.reduced)))
+    whole = x.as_strided((*columns.kept, *columns.reduced), (*columns.x_kept, *columns.x_reduced))
+    axes = tuple(range(len(columns.kept), len(columns.kept) + len(columns.reduced)))
     views = [
-        e.as_strided(mean.kept, strides)
-        for e, strides in zip(extras, mean.extra_strides, strict=True)
+        e.as_strided(columns.kept, strides)
+        for e, strides in zip(extras, columns.extra_strides, strict=True)
     ]
-    return expression.evaluate(mean.epilogue, [whole.mean(axes), *views])
+    return expression.evaluate(columns.epilogue, [_reduced(columns.kind, whole, axes), *views])
+
+
+def _reduced(
+    kind: str, x: torch.Tensor, axes: Sequence[int], keepdim: bool = False
+) -> torch.Tensor:
+    return (x.mean if kind == "mean" else x.amax)(tuple(axes), keepdim)
 
 
 def reference_rows(rows: Rows, x: torch.Tensor, extras: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -302,12 +316,12 @@ def reference_rows(rows: Rows, x: torch.Tensor, extras: Sequence[torch.Tensor]) 
     whole = x.as_strided(rows.sizes, rows.x_strides)
     if rows.kind == "softmax":
         return whole.softmax(-1)
-    sizes = (*rows.sizes[:-1], 1) if rows.kind == "mean" else rows.sizes
+    sizes = (*rows.sizes[:-1], 1) if rows.kind in _START else rows.sizes
     views = [
         e.as_strided(sizes, strides) for e, strides in zip(extras, rows.extra_strides, strict=True)
     ]
-    if rows.kind == "mean":
-        return expression.evaluate(rows.epilogue, [whole.mean(-1, keepdim=True), *views])
+    if rows.kind in _START:
+        return expression.evaluate(rows.epilogue, [_reduced(rows.kind, whole, (-1,), True), *views])
     if rows.kind == "log_softmax":
         return expression.evaluate(rows.epilogue, [whole.log_softmax(-1), *views])
     normal = torch.nn.functional.layer_norm(whole, rows.sizes[-1:], eps=rows.eps)

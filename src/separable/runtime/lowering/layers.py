@@ -11,6 +11,7 @@ import torch
 from ..emit.expression import operand
 from ..graph import Node, constant
 from .registry import (
+    LOWERINGS,
     Lowered,
     along_channels,
     elementwise,
@@ -34,6 +35,10 @@ def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
 
 @lowers("mm.default", "matmul.default")
 def _matmul(x: Node, weight: Node) -> Lowered:
+    if x.kind == "constant" and len(shape_of(x)) == 2 <= len(shape_of(weight)):
+        turned = LOWERINGS["aten.mT.default"]
+        product = _linear(turned(weight), x)
+        return turned(product) if product else None
     if weight.kind != "constant" or len(shape_of(weight)) != 2 or len(shape_of(x)) < 2:
         return None
     recipe = weight.attributes["recipe"]
@@ -176,7 +181,7 @@ def _rms_norm(
     axes = tuple(range(rank - len(shape), rank))
     kept = (*shape_of(x)[: axes[0]], *[1] * len(axes))
     squares = elementwise(("mul", operand(0), operand(0)), x)
-    mean = Node("mean", kept, [squares], {"axes": axes})
+    mean = Node("reduce", kept, [squares], {"axes": axes, "function": "mean"})
     root = ("sqrt", ("add", operand(1), torch.finfo(torch.float32).eps if eps is None else eps))
     node = elementwise(("div", operand(0), root), x, mean)
     return elementwise(("mul", operand(0), operand(1)), node, weight) if weight else node

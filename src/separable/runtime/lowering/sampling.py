@@ -68,7 +68,7 @@ def _adaptive_avg_pool(x: Node, size: Any) -> Lowered:
     out = pair(size)
     n, c, *_ = shape_of(x)
     if out == (1, 1):
-        return Node("mean", (n, c, 1, 1), [x], {"axes": (2, 3)})
+        return Node("reduce", (n, c, 1, 1), [x], {"axes": (2, 3), "function": "mean"})
     return _adaptive(x, out, "mean")
 
 
@@ -141,19 +141,68 @@ def _adaptive_max_pool_1d(x: Node, size: Any) -> Lowered:
     return (node,) if isinstance(node, Node) else None
 
 
-@lowers("mean.dim")
-def _mean(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Lowered:
+def _reduced(function: str, x: Node, dims: Sequence[int] | None, keepdim: bool = False) -> Node:
     rank = len(shape_of(x))
     axes = tuple(sorted(d % rank for d in dims)) if dims else tuple(range(rank))
     kept = tuple(1 if i in axes else size for i, size in enumerate(shape_of(x)))
-    node = Node("mean", kept, [x], {"axes": axes})
+    node = Node("reduce", kept, [x], {"axes": axes, "function": function})
     shape = [size for i, size in enumerate(kept) if i not in axes]
     return node if keepdim else view(node, "reshape", shape)
 
 
-@lowers("mean.default")
-def _mean_of_all(x: Node) -> Lowered:
-    return _mean(x, None)
+@lowers("mean.dim", "mean.default")
+def _mean(
+    x: Node, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None
+) -> Lowered:
+    return _reduced("mean", x, dims, keepdim)
+
+
+@lowers("amax.default", "max.default")
+def _largest(x: Node, dims: Sequence[int] | None = None, keepdim: bool = False) -> Lowered:
+    return _reduced("max", x, dims, keepdim)
+
+
+@lowers("amin.default", "min.default")
+def _smallest(x: Node, dims: Sequence[int] | None = None, keepdim: bool = False) -> Lowered:
+    negative = ("mul", operand(0), -1.0)
+    return elementwise(negative, _reduced("max", elementwise(negative, x), dims, keepdim))
+
+
+@lowers("max.dim")
+def _largest_and_where(x: Node, dim: int, keepdim: bool = False) -> Lowered:
+    return (_reduced("max", x, [dim], keepdim),)  # where it is has no kernel
+
+
+@lowers("var.correction")
+def _variance(
+    x: Node, dims: Sequence[int] | None = None, correction: float | None = 1, keepdim: bool = False
+) -> Lowered:
+    away = elementwise(("sub", operand(0), operand(1)), x, _reduced("mean", x, dims, True))
+    squares = elementwise(("mul", operand(0), operand(0)), away)
+    mean = _reduced("mean", squares, dims, keepdim)
+    count = math.prod(shape_of(x)) // math.prod(shape_of(mean))
+    unbiased = count / (count - (1 if correction is None else correction))
+    return elementwise(("mul", operand(0), unbiased), mean)
+
+
+@lowers("var.dim")
+def _variance_of(
+    x: Node, dims: Sequence[int] | None, unbiased: bool = True, keepdim: bool = False
+) -> Lowered:
+    return _variance(x, dims, int(unbiased), keepdim)
+
+
+def _deviation(variance: Callable[..., Lowered]) -> Callable[..., Lowered]:
+    def lower(*arguments: Any, **named: Any) -> Lowered:
+        node = variance(*arguments, **named)
+        assert isinstance(node, Node)
+        return elementwise(("sqrt", operand(0)), node)
+
+    return lower
+
+
+lowers("std.correction")(_deviation(_variance))
+lowers("std.dim")(_deviation(_variance_of))
 
 
 @lowers("sum.dim_IntList")

@@ -196,6 +196,41 @@ def _expand_as(x: Node, other: Node) -> Lowered:
     return _expand(x, shape_of(other))
 
 
+@lowers("repeat.default")
+def _repeat(x: Node, times: Sequence[int]) -> Lowered:
+    shape = (1,) * (len(times) - len(shape_of(x))) + shape_of(x)
+    single = [size for part in shape for size in (1, part)]
+    wide = [size for pair in zip(times, shape, strict=True) for size in pair]
+    repeated = view(view(x, "reshape", single), "expand", wide)
+    return view(repeated, "reshape", [t * s for t, s in zip(times, shape, strict=True)])
+
+
+@lowers("repeat_interleave.self_int")
+def _repeat_each(x: Node, times: int, dim: int | None = None, **named: Any) -> Lowered:
+    if dim is None:
+        return None
+    shape, after = shape_of(x), dim % len(shape_of(x)) + 1
+    apart = view(x, "reshape", (*shape[:after], 1, *shape[after:]))
+    wide = view(apart, "expand", (*shape[:after], times, *shape[after:]))
+    return view(wide, "reshape", (*shape[: after - 1], shape[after - 1] * times, *shape[after:]))
+
+
+@lowers("roll.default")
+def _roll(x: Node, shifts: int | Sequence[int], dims: int | Sequence[int] = ()) -> Lowered:
+    shifts, dims = ([a] if isinstance(a, int) else a for a in (shifts, dims))
+    if len(shifts) != len(dims):  # over all values in a row
+        return None
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = shape_of(x)[dim]
+        ahead = size - shift % size
+        parts = _split_sizes(x, [ahead, size - ahead], dim) if ahead < size else (x,)
+        assert isinstance(parts, tuple)
+        rolled = _cat(parts[::-1], dim)
+        assert isinstance(rolled, Node)
+        x = rolled
+    return x
+
+
 @lowers("unbind.int")
 def _unbind(x: Node, dim: int = 0) -> Lowered:
     parts = [_select(x, dim, index) for index in range(shape_of(x)[dim])]
