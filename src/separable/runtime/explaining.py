@@ -209,6 +209,8 @@ def _operation(does: Description) -> str:
     if isinstance(does, Chain):
         return " + ".join(map(_operation, does.stages))
     if isinstance(does, Conv):
+        if does.w_strides:
+            return "product"
         return "pointwise" if does.kernel == (1, 1) else "×".join(map(str, does.kernel))
     if isinstance(does, Relayout):
         return "layout"

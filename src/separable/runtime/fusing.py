@@ -121,7 +121,9 @@ def _is_stage(*steps: Step) -> bool:
     def can_be(does: Description) -> bool:
         if isinstance(does, Map):
             return does.epilogue == operand(0) and transposed_axis(does) is not None
-        return isinstance(does, Window) or (isinstance(does, Conv) and does.groups == 1)
+        return isinstance(does, Window) or (
+            isinstance(does, Conv) and does.groups == 1 and not does.w_strides
+        )
 
     return all(step.kernel and can_be(step.kernel.does) for step in steps)
 

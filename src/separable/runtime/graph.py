@@ -61,8 +61,8 @@ class Node:
 
     Attributes:
         kind: `"input"`, `"constant"`, `"conv"` (also linear layers), `"window"` (depthwise, pools),
-            `"map"` (elementwise), `"reduce"`, `"norm"`, `"softmax"`, `"resample"`, `"cat"`,
-            `"pad"`, `"view"`, or `"torch"` for what torch itself runs.
+            `"product"` (of matrices), `"map"` (elementwise), `"reduce"`, `"norm"`, `"softmax"`,
+            `"resample"`, `"cat"`, `"pad"`, `"view"`, or `"torch"` for what torch itself runs.
         shape: of the result; `None` if it is no float32 tensor.
         inputs: the operands; extras of the epilogue come last.
         attributes: what else the kind needs, named as in the kernel's own description.
@@ -266,7 +266,7 @@ def _scale_weights(conv: Node, factor: Recipe | None, shift: Recipe | None) -> N
 
 
 # Kernels that can compute on their results before storing them.
-_HAS_EPILOGUE = ("conv", "window", "map", "norm", "resample", "reduce")
+_HAS_EPILOGUE = ("conv", "window", "map", "norm", "resample", "reduce", "product")
 _MOST_EXTRAS = 4
 
 

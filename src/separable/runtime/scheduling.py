@@ -191,6 +191,35 @@ class _Scheduler:
         packed = self.memory.constant(padded * (does.depth + 1), recipe)
         self.step(node, does, [x, (packed, 0), (packed, padded * does.depth), *extras, y])
 
+    def _product(self, node: Node) -> None:
+        assert node.shape is not None
+        *lead, rows, outputs = node.shape
+        rank = len(node.shape)
+        x, w = (self.memory.place(source) for source in node.inputs[:2])
+        w = self.lanes(w, len(w.shape) - 1)
+        x, w = (p.through(lambda t: t.expand(*lead, *t.shape[-2:])) for p in (x, w))
+        extras = self.extras(node, rank - 1)
+        y = self.memory.allocate(node, range(rank))
+        missing = 4 - rank
+
+        def walk(place: Place, *axes: int) -> tuple[int, ...]:
+            leading = [0] * missing + [place.strides[i] for i in range(rank - 2)]
+            return (*leading, *(place.strides[axis] for axis in axes))
+
+        size = ([1] * missing + lead)[1], rows
+        does = Conv(
+            batch=([1] * missing + lead)[0],
+            size=size,
+            in_size=size,
+            channels=(x.shape[-1], outputs),
+            x_strides=walk(x, -2, -1),
+            y_strides=walk(y, -2),
+            w_strides=walk(w, -2),
+            extra_strides=tuple(walk(extra, -2, -1) for extra in extras),
+            epilogue=node.epilogue,
+        )
+        self.step(node, does, [x, w, *extras, y])
+
     def _window(self, node: Node) -> None:
         assert node.shape is not None
         attributes = node.attributes

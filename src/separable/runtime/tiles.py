@@ -112,6 +112,7 @@ def _fits(conv: Conv, pixels: int, vectors: int, machine: Machine) -> bool:
     # With 32 registers, LLVM spills now and then if nearly all are taken; fewer are as fast. With
     # 16, it does where there is no loop over channels.
     spare = 2 if machine.registers == 32 else int(conv.x_strides[3] != 1)
+    spare += bool(conv.w_strides) and conv.channels[1] % machine.width > 0  # a mask
     taken = pixels * vectors + weights + 1 + (not machine.fma) + spare
     return taken <= machine.registers
 

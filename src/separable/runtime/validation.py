@@ -112,6 +112,7 @@ def _chain(does: Chain, kernel: Kernel) -> list[int]:
     _require(
         batch=all(stage.batch == first.batch for stage in stages),
         groups=all(not isinstance(stage, Conv) or stage.groups == 1 for stage in stages),
+        w_strides=not any(isinstance(stage, Conv) and stage.w_strides for stage in stages),
         extra_strides=not any(stage.extra_strides for stage in stages[:-1]),
         rows=1 <= tile.rows <= last.size[0],
         bands=tile.bands >= 1,
@@ -199,9 +200,17 @@ def _conv(does: Conv, kernel: Kernel) -> tuple[list[int], int]:
     )
     out = (does.batch, *does.size, does.groups * outputs)
     x = _reach((does.batch, *does.in_size, does.inputs), does.x_strides)
-    padded = does.groups * _padded(outputs, kernel.machine)
     extras = [_reach(out, strides) for strides in does.extra_strides]
     y = _written(out, (*does.y_strides, 1))
+    if does.w_strides:
+        alone = Conv(
+            does.batch, does.size, does.size, does.channels, does.x_strides, does.y_strides
+        )
+        kept = {name: getattr(does, name) for name in ("w_strides", "extra_strides", "epilogue")}
+        _require(w_strides=replace(alone, **kept) == does)  # a pointwise convolution
+        sizes = (does.batch, does.size[0], inputs, outputs)
+        return [x, _reach(sizes, (*does.w_strides, 1)), *extras, y], 1 + len(extras)
+    padded = does.groups * _padded(outputs, kernel.machine)
     return [x, padded * does.depth, padded, *extras, y], 1 + len(extras)
 
 

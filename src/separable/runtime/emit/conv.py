@@ -1,4 +1,4 @@
-"""Convolutions as outer products in registers: pointwise, dense, grouped, and linear layers.
+"""Convolutions as outer products in registers: pointwise, dense, grouped, linear, and products.
 
     for each task (rows × blocks of columns × groups × panels):
       for each panel of output channels, for each row, for each block of pixels:
@@ -7,7 +7,8 @@
         output = epilogue(accumulators + bias, extras)
 
 Pixels × vectors of the block are the tile; all its accumulators live in registers. A pointwise
-convolution over dense memory is one row of N·H·W pixels.
+convolution over dense memory is one row of N·H·W pixels. A product of two activations is a
+pointwise convolution whose weights lie where they were computed, others for each row.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Conv:
         dilation: of the filter.
         x_strides: input strides along (N, H, W, C).
         y_strides: output strides along (N, H, W); channels are neighbours.
+        w_strides: none if weights are packed; of a second activation in their place, strides along
+            (N, H, in), its outputs being neighbours. There is no bias then.
         extra_strides: strides along (N, H, W, C) of each further operand; C's is 0 or 1.
         epilogue: of the sum with bias (operand 0) and the extras (1, 2, ...).
     """
@@ -62,6 +65,7 @@ class Conv:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    w_strides: tuple[int, ...] = ()
     extra_strides: tuple[tuple[int, ...], ...] = ()
     epilogue: Expression = ("x", 0)
 
@@ -121,7 +125,8 @@ def task_grid(conv: Conv, tile: ConvTile) -> tuple[int, int, int, int]:
 def panels_of(conv: Conv, tile: ConvTile, machine: Machine) -> Panels:
     """How the output channels of a convolution are cut."""
     outputs = conv.channels[1]
-    return Panels(conv.groups, outputs, conv.depth, tile.vectors, tile.panels, machine.width)
+    depth = 1 if conv.w_strides else conv.depth  # what lies between neighbouring outputs
+    return Panels(conv.groups, outputs, depth, tile.vectors, tile.panels, machine.width)
 
 
 def pack(
@@ -146,8 +151,8 @@ def pack(
 
 
 def emit(conv: Conv, tile: ConvTile, machine: Machine) -> str:
-    """Generate the kernel; its arguments are input, weights, bias, extras and output."""
-    b = Builder(machine, 4 + len(conv.extra_strides))
+    """Generate the kernel; its arguments are input, weights, bias if any, extras and output."""
+    b = Builder(machine, 4 - bool(conv.w_strides) + len(conv.extra_strides))
     define(conv, tile, b)
     return b.finish()
 
@@ -178,7 +183,8 @@ def define(
 class _Emitter:
     def __init__(self, conv: Conv, tile: ConvTile, b: Builder) -> None:
         self.conv, self.tile, self.b = conv, tile, b
-        self.x, self.w, self.bias, *self.extras, self.y = b.pointers
+        self.x, self.w, *others, self.y = b.pointers
+        self.bias, self.extras = (self.w, others) if conv.w_strides else (others[0], others[1:])
         self.runs = window_runs(conv, tile.pixels)
         # Taps of a row that lie behind one another in memory are one longer row of channels.
         self.joined = (
@@ -189,7 +195,7 @@ class _Emitter:
         )
         self.panels = panels_of(conv, tile, b.machine)
         self.blocks = sum(run.count for run in self.runs)
-        self.turns = tile.rows * min(tile.blocks, self.blocks)
+        self.turns = 0 if conv.w_strides else tile.rows * min(tile.blocks, self.blocks)
 
     def task(self, t: Index) -> None:
         b, conv, tile = self.b, self.conv, self.tile
@@ -288,8 +294,11 @@ class _Emitter:
         top = b.add(b.mul(row, conv.stride[0]), -conv.padding[0])
         corner = b.add(b.mul(column, conv.stride[1]), -conv.padding[1])
         lanes = panel.vectors * b.width
+        first = panel.weights
         if conv.small:
             x = b.at(x, panel.channel)
+        if conv.w_strides:
+            first = b.at(first, b.dot((image, row), conv.w_strides[:2]))
 
         def products(x: Value, weights: Value, depth: int, pixels: tuple[int, int]) -> Products:
             return Products(
@@ -300,6 +309,8 @@ class _Emitter:
                 vectors=panel.vectors,
                 x_strides=(conv.stride[1] * conv.x_strides[2], conv.x_strides[3]),
                 lanes=panel.tail if conv.small else 0,
+                step=conv.w_strides[2] if conv.w_strides else lanes,
+                tail=panel.tail if conv.w_strides else b.width,
             )
 
         # Each of the blocks that read a panel in turn fetches a share of the panel behind it.
@@ -308,7 +319,7 @@ class _Emitter:
         def line(ky: Index, *sums: Value) -> list[Value]:
             y = b.add(top, b.mul(ky, conv.dilation[0]))
             source = b.at(x, b.dot((image, y, corner), conv.x_strides[:3]))
-            weights = b.at(panel.weights, b.mul(ky, kw * inputs * lanes))
+            weights = b.at(first, b.mul(ky, kw * inputs * lanes))
             if run.inside and self.joined:
                 one = products(source, weights, kw * inputs, run.taps[0])
                 return add(b, one, list(sums), conv.depth, ahead)
@@ -325,6 +336,8 @@ class _Emitter:
 
         zeros = [b.zero()] * (run.size * panel.vectors)
         sums = b.loop(*taps_inside(b, top, conv), line, zeros)
+        if conv.w_strides:
+            return sums
         # Last, as torch does: on top of a large bias, each product would be rounded to its size.
         bias = [b.load(b.at(panel.bias, 0, v * b.width)) for v in range(panel.vectors)]
         return [b.ir.fadd(s, c) for s, c in zip(sums, bias * run.size, strict=True)]

@@ -24,11 +24,13 @@ class Products:
 
     Attributes:
         x: the first channel of the first pixel.
-        weights: `[depth][vectors × width]`.
+        weights: `[depth][vectors × width]`, where they are packed.
         depth: channels.
         pixels: the pixels `low <= i < high` of the block, which the sum is for.
         vectors: of weights per channel.
         x_strides: floats between (pixels, channels).
+        step: floats from the weights of a channel to those of the next.
+        tail: weights in the last vector of a channel.
         lanes: if not 0, so many lanes of the one vector hold outputs of groups of `depth` channels
             each, and `x` is the input channel of the first lane.
     """
@@ -39,6 +41,8 @@ class Products:
     pixels: tuple[int, int]
     vectors: int
     x_strides: tuple[int, int]
+    step: int
+    tail: int
     lanes: int = 0
 
 
@@ -91,7 +95,8 @@ def add(
             x, weights = (b.after(sums[-1], pointer) for pointer in (x, weights))
         elif many:
             b.fence()
-        columns = [b.load(b.at(weights, v * b.width)) for v in range(vectors)]
+        counts = [b.width] * (vectors - 1) + [products.tail]
+        columns = [b.load(b.at(weights, v * b.width), n) for v, n in enumerate(counts)]
         result = list(sums)
         for i in range(low, high):
             value = b.broadcast(b.load_scalar(b.at(x, i * pixel)))
@@ -102,23 +107,23 @@ def add(
 
     def chain(start: Index, length: int, sums: list[Value]) -> list[Value]:
         x = b.at(products.x, b.mul(start, step))
-        weights = b.at(products.weights, b.mul(start, lanes))
+        weights = b.at(products.weights, b.mul(start, products.step))
 
         def several(k: Index, *sums: Value) -> list[Value]:
             if fetched:
                 floats = b.mul(b.add(start, k), fetched)
                 for line in range(-(-fetched * unroll // LINE)):
                     b.prefetch(b.at(following, floats, LINE * line))
-            source, columns = b.at(x, b.mul(k, step)), b.at(weights, b.mul(k, lanes))
+            source, columns = b.at(x, b.mul(k, step)), b.at(weights, b.mul(k, products.step))
             result = list(sums)
             for i in range(unroll):
-                result = one(b.at(source, i * step), b.at(columns, i * lanes), result)
+                result = one(b.at(source, i * step), b.at(columns, i * products.step), result)
             return result
 
         whole = length - length % unroll
         sums = b.loop(0, whole, several, sums, step=unroll)
         for k in range(whole, length):
-            sums = one(b.at(x, k * step), b.at(weights, k * lanes), sums)
+            sums = one(b.at(x, k * step), b.at(weights, k * products.step), sums)
         return sums
 
     def part(number: Index, *sums: Value) -> list[Value]:

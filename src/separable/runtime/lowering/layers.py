@@ -11,12 +11,13 @@ import torch
 from ..emit.expression import operand
 from ..graph import Node, constant
 from .registry import (
-    LOWERINGS,
     Lowered,
     along_channels,
     elementwise,
     lowers,
+    product,
     shape_of,
+    turned,
     view,
     zeros,
 )
@@ -33,14 +34,15 @@ def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
     return Node("conv", (*shape_of(x)[:-1], out), [x, w, bias], {"linear": True, "groups": 1})
 
 
-@lowers("mm.default", "matmul.default")
+@lowers("mm.default", "bmm.default", "matmul.default")
 def _matmul(x: Node, weight: Node) -> Lowered:
     if x.kind == "constant" and len(shape_of(x)) == 2 <= len(shape_of(weight)):
-        turned = LOWERINGS["aten.mT.default"]
-        product = _linear(turned(weight), x)
-        return turned(product) if product else None
-    if weight.kind != "constant" or len(shape_of(weight)) != 2 or len(shape_of(x)) < 2:
+        node = _linear(turned(weight), x)
+        return turned(node) if isinstance(node, Node) else None
+    if len(shape_of(x)) < 2 or len(shape_of(weight)) < 2:
         return None
+    if weight.kind != "constant" or len(shape_of(weight)) != 2:
+        return product(x, weight)
     recipe = weight.attributes["recipe"]
     return _linear(x, constant(lambda: recipe().t(), shape_of(weight)[::-1]))
 
@@ -151,6 +153,37 @@ def _group_norm(
             whole = along_channels(parameter, len(shape_of(x)))
             node = elementwise((kind, operand(0), operand(1)), node, whole)
     return node
+
+
+@lowers("baddbmm.default")
+def _baddbmm(bias: Node, x: Node, y: Node, *, beta: float = 1, alpha: float = 1) -> Lowered:
+    node = product(x, y)
+    scaled = ("mul", operand(0), float(alpha)), ("mul", operand(1), float(beta))
+    return elementwise(("add", *scaled), node, bias) if node else None
+
+
+@lowers("scaled_dot_product_attention.default")
+def _attention(
+    query: Node,
+    key: Node,
+    value: Node,
+    mask: Node | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> Lowered:
+    if causal or dropout or len(shape_of(key)) < 2:
+        return None
+    factor = 1 / math.sqrt(shape_of(query)[-1]) if scale is None else scale
+    scores = product(query, turned(key))
+    if scores is None:
+        return None
+    scores = elementwise(("mul", operand(0), float(factor)), scores)
+    if mask:
+        scores = elementwise(("add", operand(0), operand(1)), scores, mask)
+    attributes = {"axis": len(shape_of(scores)) - 1, "function": "softmax"}
+    return product(Node("softmax", shape_of(scores), [scores], attributes), value)
 
 
 @lowers("instance_norm.default")

@@ -31,9 +31,24 @@ def elementwise(e: Expression, *inputs: Node) -> Node:
     return Node("map", tuple(shape), list(inputs), epilogue=e)
 
 
+def product(x: Node, y: Node) -> Node | None:
+    """Matrices `[..., m, k]` times `[..., k, n]`, of at most two leading axes, which broadcast."""
+    *lead, rows, _ = shape_of(x)
+    *others, _, columns = shape_of(y)
+    shape = (*torch.broadcast_shapes(lead, others), rows, columns)
+    return Node("product", shape, [x, y]) if len(shape) <= 4 else None
+
+
 def view(x: Node, kind: str, shape: Sequence[int], **attributes: Any) -> Node:
     """Another look at the same numbers."""
     return Node("view", tuple(shape), [x], {"view": kind, **attributes})
+
+
+def turned(x: Node) -> Node:
+    """Matrices, transposed."""
+    *lead, rows, columns = shape_of(x)
+    order = (*range(len(lead)), len(lead) + 1, len(lead))
+    return view(x, "permute", (*lead, columns, rows), order=order)
 
 
 def rearranged(x: Node, parts: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Node:

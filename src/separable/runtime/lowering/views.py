@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..graph import Node
-from .registry import Lowered, lowers, rearranged, shape_of, view
+from .registry import Lowered, lowers, rearranged, shape_of, turned, view
 
 
 @lowers(
@@ -84,7 +84,7 @@ def _unflatten(x: Node, dim: int, sizes: Sequence[int]) -> Lowered:
 
 @lowers("mT.default")
 def _matrix_transpose(x: Node) -> Lowered:
-    return _transpose(x, -2, -1)
+    return turned(x)
 
 
 @lowers("movedim.int")
