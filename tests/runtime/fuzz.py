@@ -23,7 +23,7 @@ from .kernels import assert_as_exact_as_eager
 
 KINDS = (
     *("dense", "depthwise", "grouped", "pool", "gate", "around", "shuffle", "norm", "upsample"),
-    *("foreign", "pad", "adaptive", "pixels", "transposed"),
+    *("foreign", "pad", "adaptive", "pixels", "transposed", "attention"),
 )
 PADS = (nn.ZeroPad2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 _INPUTS = 8  # per network: the error of a few outputs of one input is small by chance
@@ -70,6 +70,20 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Between the pixels, of one head or two."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = 2 - channels % 2
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).mT.unbind(1)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return attended.mT.flatten(1, 2).unflatten(2, x.shape[2:]) + x
 
 
 class Foreign(nn.Module):
@@ -137,6 +151,8 @@ def draw(draws: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module
     if kind == "adaptive":
         pool = draws.choice([nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
         return pool((draws.randint(1, 12), draws.randint(1, 12))), channels
+    if kind == "attention":
+        return Attention(channels), channels
     if kind == "transposed":
         stride = draws.choice([1, 2, 2, 3])
         grown = nn.ConvTranspose2d(channels, out, kernel, stride, kernel // 3, stride - 1)

@@ -41,6 +41,13 @@ def squeeze_excite(x: torch.Tensor, a: nn.Module, b: nn.Module) -> torch.Tensor:
     return x * torch.sigmoid(b(F.relu(a(x.mean((2, 3), keepdim=True)))))
 
 
+def in_regions(x: torch.Tensor, a: nn.Module, b: nn.Module) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y = a(x).relu() + torch.ones(7)
+    with torch.no_grad():
+        return b(y) * y.mean((2, 3), keepdim=True)[:, :6]
+
+
 def in_place(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
     y = conv(x)
     y += x
@@ -289,6 +296,7 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "regions": (Call(in_regions, a=c(12, 12), b=c(12, 6)), True),
     "spatial-attention": (
         Call(
             lambda x, a: x * a(torch.cat([x.mean(1, True), x.max(1, True)[0]], 1)).sigmoid(),
@@ -406,7 +414,7 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
     "transposed-dilated": (nn.ConvTranspose2d(12, 6, 3, dilation=2), False),
     "attention": (
         Call(lambda x, a: F.scaled_dot_product_attention(*[a(x).flatten(2)] * 3), a=c(12, 8)),
-        False,
+        True,
     ),
     "torch-behind-fused": (
         Call(lambda x, a: F.hardtanh(F.relu(a(x))).cumsum(1) * x, a=c(12, 12)),

@@ -116,6 +116,8 @@ class OverChannels(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.normalize(x, dim=-1)
         mixed = x @ (y.mT @ y * 2).softmax(-1)
+        blocks = y.unflatten(1, (5, 7)).unflatten(0, (-1, 1))
+        y = y + F.scaled_dot_product_attention(blocks, blocks, blocks).flatten(0, 1).flatten(1, 2)
         return torch.baddbmm(x, mixed, y.mT @ x, beta=0.5, alpha=2) + x.mean(2, True) @ y[:, :1]
 
 

@@ -63,11 +63,7 @@ class _Importer:
             if node.op == "placeholder":
                 self.values[node] = self.placeholder(node)
             elif node.op == "get_attr":
-                target = str(node.target)
-                found: Any = self.attribute(target)
-                if isinstance(found, torch.Tensor):
-                    found = constant(partial(self.attribute, target), found.shape, target)
-                self.values[node] = found  # a graph that another calls is none of ours
+                self.values[node] = self.held(str(node.target), self.attribute)
             elif node.op == "output":
                 results = [_form(result) for result in node.args[0]]
                 found = zip(self.value(node.args[0]), results, strict=True)
@@ -77,6 +73,29 @@ class _Importer:
                 if _writes(node):
                     self.rename(node, order)
         return Graph(self.inputs, outputs, self.nodes, self.expected, results)
+
+    def held(self, target: str, read: Callable[[str], Any]) -> Any:
+        """A tensor that a graph holds as a constant, or what else that is as it is."""
+        found = read(target)
+        if isinstance(found, torch.Tensor):
+            return constant(partial(read, target), found.shape, target)
+        return found
+
+    def region(self, module: torch.fx.GraphModule, *operands: Any) -> Any:
+        """The results of a graph that another calls, in whose place it could as well stand."""
+        given = iter(operands)
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return self.value(node.args[0])
+            if node.op == "placeholder":
+                self.values[node] = next(given)
+            elif node.op == "get_attr":
+                self.values[node] = self.held(str(node.target), partial(getattr, module))
+            elif _writes(node):
+                raise NeedsFunctionalisation
+            else:
+                self.values[node] = self.call(node)
+        return None
 
     def placeholder(self, node: torch.fx.Node) -> Node:
         meta = node.meta["val"]
@@ -107,6 +126,8 @@ class _Importer:
             source, index = self.value(node.args)
             if isinstance(source, tuple | list) and index < len(source):
                 return source[index]
+        if (first := _region(node)) is not None:
+            return self.region(*self.value(node.args[first:]))
         arguments, named = self.value(node.args), self.value(node.kwargs)
         tensors = [x for x in node.all_input_nodes if x.op != "get_attr"]
         operands = [x for x in pytree.tree_leaves((arguments, named)) if isinstance(x, Node)]
@@ -232,6 +253,16 @@ def _is_view(node: torch.fx.Node) -> bool:
 
 def _is_item(node: torch.fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _region(node: torch.fx.Node) -> int | None:
+    """Where the arguments of a region begin whose mode does not matter to inference in float32."""
+    match getattr(node.target, "__name__", ""), node.args:
+        case "wrap_with_set_grad_enabled", _:
+            return 1
+        case "wrap_with_autocast", (device, _, enabled, *_) if device != "cpu" or not enabled:
+            return 4
+    return None
 
 
 def _draws(node: torch.fx.Node) -> bool:

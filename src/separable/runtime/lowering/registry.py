@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,11 +33,17 @@ def elementwise(e: Expression, *inputs: Node) -> Node:
 
 
 def product(x: Node, y: Node) -> Node | None:
-    """Matrices `[..., m, k]` times `[..., k, n]`, of at most two leading axes, which broadcast."""
-    *lead, rows, _ = shape_of(x)
+    """Matrices `[..., m, k]` times `[..., k, n]`; at most two leading axes may broadcast."""
+    *lead, rows, inner = shape_of(x)
     *others, _, columns = shape_of(y)
     shape = (*torch.broadcast_shapes(lead, others), rows, columns)
-    return Node("product", shape, [x, y]) if len(shape) <= 4 else None
+    if len(shape) <= 4:
+        return Node("product", shape, [x, y])
+    if lead != others:
+        return None
+    many = math.prod(lead)
+    x, y = view(x, "reshape", (many, rows, inner)), view(y, "reshape", (many, inner, columns))
+    return view(Node("product", (many, rows, columns), [x, y]), "reshape", shape)
 
 
 def view(x: Node, kind: str, shape: Sequence[int], **attributes: Any) -> Node:
