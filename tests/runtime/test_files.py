@@ -47,7 +47,11 @@ class Everything(nn.Module):
         x = self.pointwise(F.max_pool2d(F.relu(self.depthwise(x)) + x, 2))
         y = F.interpolate(x, scale_factor=2, mode="bilinear")
         x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return {"scores": self.head(x.mean((2, 3))).softmax(1), "image": y.sigmoid()}
+        scores, flat = self.head(x.mean((2, 3))), x.flatten(2)
+        return {
+            **{"scores": scores.softmax(1), "image": y.sigmoid()},
+            **{"alike": flat.mT @ flat * scores.amax(1)[:, None, None]},
+        }
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
