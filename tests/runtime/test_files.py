@@ -49,8 +49,9 @@ class Everything(nn.Module):
         x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         scores, flat = self.head(x.mean((2, 3))), x.flatten(2)
         return {
-            **{"scores": scores.softmax(1), "image": y.sigmoid()},
-            **{"alike": flat.mT @ flat * scores.amax(1)[:, None, None]},
+            "scores": scores.softmax(1),
+            "image": y.sigmoid(),
+            "alike": flat.mT @ flat * scores.amax(1)[:, None, None],
         }
 
 
