@@ -18,11 +18,11 @@ from prettytable import PrettyTable, TableStyle
 from tqdm import tqdm
 
 import separable
-from separable.runtime import fusing
 from separable.runtime.emit.chain import Chain
 from separable.runtime.execute import Program
 from separable.runtime.machine import Machine
 from separable.runtime.memory import Buffer
+from separable.runtime.scheduling import fusing
 from separable.runtime.steps import Schedule, Step
 
 

@@ -48,7 +48,7 @@ def findings(few_steps):
     model = network()
     # or the runtime would join all of so small a network, and no layer had a time of its own
     with few_steps(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("separable.runtime.fusing._LONGEST", 3)
+        patch.setattr("separable.runtime.scheduling.fusing._LONGEST", 3)
         return separable.report(
             model,
             (1, 3, 12, 12),

@@ -14,7 +14,7 @@ from separable.runtime.emit.conv import Conv, ConvTile
 from separable.runtime.emit.kernel import Description, Kernel
 from separable.runtime.emit.window import Window
 from separable.runtime.machine import Machine, with_vectors_of
-from separable.runtime.tiles import choose_tile
+from separable.runtime.scheduling.tiles import choose_tile
 
 
 @dataclass(frozen=True)

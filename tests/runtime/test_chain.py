@@ -18,8 +18,8 @@ from separable.runtime.emit.expression import ACTIVATIONS, operand
 from separable.runtime.emit.kernel import Kernel
 from separable.runtime.emit.relayout import Relayout
 from separable.runtime.emit.window import Window
-from separable.runtime.fusing import stage_tile
 from separable.runtime.machine import Machine, host
+from separable.runtime.scheduling.fusing import stage_tile
 
 from .kernels import GUARD, assert_as_exact_as_eager, run
 

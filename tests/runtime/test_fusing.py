@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import separable
-from separable.runtime import fusing, jit
+from separable.runtime import jit
 from separable.runtime import machine as machines
 from separable.runtime.compiled import CompiledModel
 from separable.runtime.emit.chain import Chain
 from separable.runtime.emit.elementwise import Map
+from separable.runtime.scheduling import fusing
 
 
 class InvertedResidual(nn.Module):

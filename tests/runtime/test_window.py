@@ -14,7 +14,7 @@ from separable.runtime.emit.expression import hardsigmoid, operand
 from separable.runtime.emit.kernel import Kernel
 from separable.runtime.emit.window import Window
 from separable.runtime.machine import Machine, host
-from separable.runtime.tiles import choose_window_tile
+from separable.runtime.scheduling.tiles import choose_window_tile
 
 from .kernels import assert_as_exact_as_eager, run
 

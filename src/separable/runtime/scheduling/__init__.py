@@ -4,6 +4,7 @@ Images lie channels last, so that pointwise convolutions are matrix products and
 channels by vectors. Views cost nothing where strides can express them, and concatenated parts are
 written in place. What each kind of node becomes is one function: of those with weights in
 `convolutions.py`, of those that only compute in `values.py`, of those that only move in `moves.py`.
+How kernels are cut is chosen in `tiles.py`, and which become one in `fusing.py`.
 """
 
 from . import convolutions, moves, values

@@ -14,8 +14,8 @@ from ..emit.tiling import merge_axes
 from ..emit.window import Window
 from ..graph import Node
 from ..memory import CHANNELS_LAST, Buffer, Place
-from ..tiles import choose_conv_tile
 from .scheduler import Scheduler, image_strides, schedules
+from .tiles import choose_conv_tile
 
 
 @schedules("conv")

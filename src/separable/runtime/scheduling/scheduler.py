@@ -9,13 +9,13 @@ from ..emit.elementwise import Map
 from ..emit.expression import Expression, operand
 from ..emit.kernel import Description, Kernel
 from ..emit.tiling import merge_axes
-from ..fusing import fuse_chains
 from ..graph import Graph, Node
 from ..machine import Machine
 from ..memory import Buffer, Place, dense
-from ..placing import Memory
 from ..steps import Schedule, Step
-from ..tiles import choose_tile
+from .fusing import fuse_chains
+from .placing import Memory
+from .tiles import choose_tile
 
 
 def schedule(graph: Graph, machine: Machine, threads: int, fuse: bool = True) -> Schedule:

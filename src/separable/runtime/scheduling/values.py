@@ -11,7 +11,7 @@ from ..emit.resample import Resample
 from ..emit.tiling import merge_axes
 from ..graph import Node
 from ..memory import CHANNELS_LAST
-from ..placing import channels_last
+from .placing import channels_last
 from .scheduler import Scheduler, image_strides, schedules
 
 

@@ -13,21 +13,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .emit import chain as chains
-from .emit import relayout
-from .emit.chain import Chain, ChainTile, Stage
-from .emit.conv import Conv, ConvTile
-from .emit.driver import MOST_ARGUMENTS
-from .emit.elementwise import Map, transposed_axis
-from .emit.expression import operand
-from .emit.kernel import Description, Kernel
-from .emit.relayout import Relayout
-from .emit.tiling import even_sizes
-from .emit.window import Window
-from .graph import Node
-from .machine import Machine
-from .memory import Buffer
-from .steps import Step
+from ..emit import chain as chains
+from ..emit import relayout
+from ..emit.chain import Chain, ChainTile, Stage
+from ..emit.conv import Conv, ConvTile
+from ..emit.driver import MOST_ARGUMENTS
+from ..emit.elementwise import Map, transposed_axis
+from ..emit.expression import operand
+from ..emit.kernel import Description, Kernel
+from ..emit.relayout import Relayout
+from ..emit.tiling import even_sizes
+from ..emit.window import Window
+from ..graph import Node
+from ..machine import Machine
+from ..memory import Buffer
+from ..steps import Step
 from .tiles import block_cycles, choose_conv_tile
 
 _LONGEST = 4  # convolutions in a chain

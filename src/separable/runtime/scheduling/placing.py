@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .emit.tiling import pitch
-from .graph import Graph, Node, Recipe
-from .memory import CHANNELS_LAST, Buffer, Place, dense
+from ..emit.tiling import pitch
+from ..graph import Graph, Node, Recipe
+from ..memory import CHANNELS_LAST, Buffer, Place, dense
 
 
 def channels_last(rank: int) -> tuple[int, ...]:

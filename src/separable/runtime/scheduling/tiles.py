@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .emit.conv import Conv, ConvTile
-from .emit.kernel import Description
-from .emit.tiling import LINE, PAGE, even_sizes
-from .emit.window import Window, WindowTile
-from .machine import Machine
+from ..emit.conv import Conv, ConvTile
+from ..emit.kernel import Description
+from ..emit.tiling import LINE, PAGE, even_sizes
+from ..emit.window import Window, WindowTile
+from ..machine import Machine
 
 _TASKS_PER_THREAD = 4  # so that a thread that falls behind leaves work to the others
 _HEAVY = 2  # times the pixels: weights that are better shared out
