@@ -226,7 +226,7 @@ def test_a_network_without_a_runtime_is_reported_without_it():
 
 
 def test_what_goes_back_to_torch_is_named():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3, dilation=2))
     found = separable.report(model, SIZE, **QUICK)
     before = {layer.name: layer.before for layer in found.layers}
     assert before["1"].runs_in == "torch"
