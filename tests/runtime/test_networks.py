@@ -329,6 +329,10 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "linear-of-many-axes": (
+        Call(lambda x, a: a(x.permute(0, 2, 3, 1)[:, None, None]), a=nn.Linear(12, 5)),
+        True,
+    ),
     "constant-on-the-left": (
         Call(lambda x, a: (a.weight[:, :, 0, 0] @ x.flatten(2)).relu(), a=c(12, 7)),
         True,

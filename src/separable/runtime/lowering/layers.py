@@ -25,13 +25,17 @@ from .registry import (
 
 @lowers("linear.default")
 def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
-    if weight.kind != "constant" or (bias and bias.kind != "constant") or len(shape_of(x)) > 4:
+    if weight.kind != "constant" or (bias and bias.kind != "constant"):
         return None
     out, inner = shape_of(weight)
+    *lead, _ = shape_of(x)
+    if len(lead) > 3:
+        rows = _linear(view(x, "reshape", (math.prod(lead), inner)), weight, bias)
+        return view(rows, "reshape", (*lead, out)) if isinstance(rows, Node) else None
     recipe = weight.attributes["recipe"]
     bias = bias or zeros(out)
     w = constant(lambda: recipe()[:, :, None, None], (out, inner, 1, 1))
-    return Node("conv", (*shape_of(x)[:-1], out), [x, w, bias], {"linear": True, "groups": 1})
+    return Node("conv", (*lead, out), [x, w, bias], {"linear": True, "groups": 1})
 
 
 @lowers("mm.default", "bmm.default", "matmul.default")
