@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import warnings
@@ -16,17 +15,32 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from .calibration import Inputs
+from .checking import check_model
 from .fitting import bias_of, fit, targets
-from .forms import Conv, Factors, SeparatedConv, Shape, grouped, separated
+from .forms import TRANSPOSED, Conv, Factors, SeparatedConv, Shape, attached, grouped, separated
 from .moments import Moments
 from .plans import Plan, Row
 from .refining import refined
-from .sensitivity import divergence, fisher
-from .sites import Runs, Site, collect, convolutions, frozen_copy, replaced, trace
+from .sensitivity import Outputs, divergence, fisher
+from .sites import (
+    Runs,
+    Site,
+    check_reached,
+    collect,
+    convolutions,
+    copied,
+    frozen_copy,
+    geometry,
+    replaced,
+    trace,
+)
 from .varying import Varied
 
 ROUNDS = 2
 """times that a layer is fitted again, to outputs that its activation leaves free"""
+
+MEASURES = {"logits": "mean KL divergence of logits", "values": "relative squared error"}
+"""how outputs are compared, by what they are"""
 
 _SHARE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
@@ -44,6 +58,10 @@ class Report:
     refined: bool = False
     """whether the pass over all layers together lowered it, there and on variations of the
     inputs, and was kept"""
+    outputs: Outputs = "auto"
+    """what the network's outputs were taken for; "auto" is not known"""
+    notes: tuple[str, ...] = ()
+    """what else there is to tell, a sentence each"""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan and what was measured as plain Python values, ready for JSON."""
@@ -52,6 +70,8 @@ class Report:
             "error": self.error,
             "batch_norm": self.batch_norm,
             "refined": self.refined,
+            "outputs": self.outputs,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -59,12 +79,15 @@ class Report:
             return f"{self.plan}\nfrom the weights alone; the error was not measured"
         statistics = "re-estimated" if self.batch_norm else "kept"
         together = "layers refined together" if self.refined else "each layer fitted once"
+        measure = f" ({MEASURES[self.outputs]})" if self.outputs in MEASURES else ""
+        told = "".join(f"\n{note}" for note in self.notes)
         return (
-            f"{self.plan}\nmeasured output error {self.error:.3g} on the calibration inputs, "
-            f"batch-norm statistics {statistics}, {together}"
+            f"{self.plan}\nmeasured output error {self.error:.3g}{measure} on the calibration "
+            f"inputs, batch-norm statistics {statistics}, {together}{told}"
         )
 
 
+@torch.inference_mode(False)
 def apply(model: nn.Module, plan: Plan, calibration: Any, *, progress: bool = True) -> nn.Module:
     """Convert a network as a plan says.
 
@@ -88,6 +111,7 @@ def apply(model: nn.Module, plan: Plan, calibration: Any, *, progress: bool = Tr
         TypeError: an argument is of the wrong type.
         ValueError: the plan is of another network, or the inputs are rejected or not finite.
     """
+    check_model(model, Report)
     original = frozen_copy(model)
     _check_plan(original, plan)
     inputs = None if calibration is None else Inputs(calibration, original)
@@ -98,6 +122,21 @@ def apply(model: nn.Module, plan: Plan, calibration: Any, *, progress: bool = Tr
         with_flags = _source(model, name)
         if with_flags is not None:
             module.training = with_flags.training
+    return with_report(converted, report, model)
+
+
+@torch.no_grad()
+def with_report(converted: nn.Module, report: Report, model: nn.Module) -> nn.Module:
+    """Leave the report on a network, and buffers as calibration found them, as counters of runs.
+
+    Re-estimated batch-norm statistics stay.
+    """
+    own = dict(converted.named_buffers())
+    for name, buffer in model.named_buffers():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        renewed = report.batch_norm and isinstance(owner, nn.modules.batchnorm._BatchNorm)
+        if name in own and own[name].shape == buffer.shape and not renewed:
+            own[name].copy_(buffer)
     converted.report = report  # type: ignore[assignment]
     return converted
 
@@ -111,6 +150,7 @@ def _source(model: nn.Module, name: str) -> nn.Module | None:
             name = name.rpartition(".")[0]
 
 
+@torch.inference_mode(False)
 def fitted(
     original: nn.Module,
     plan: Plan,
@@ -132,14 +172,18 @@ def fitted(
             "inputs avoid it",
             stacklevel=3,
         )
-    converted = copy.deepcopy(original)
-    sites = {s.name: s for s in trace(original, None if inputs is None else inputs.first)}
+    converted = copied(original)
+    first, further = (None, ()) if inputs is None else (inputs.first, inputs)
+    sites = {s.name: s for s in trace(original, first, further)}
     changing = [row for row in plan.rows if row.form is not None]
-    shown = None
+    shown, kind = None, plan.outputs
     slopes: dict[str, Tensor] = {}
     if inputs is not None:
-        shown = Varied(inputs, sum(row.macs_before for row in plan.rows), plan.seed)
-        slopes = fisher(original, [sites[row.name] for row in changing], shown, plan.seed)
+        kind, found = inputs.measured(kind), [sites[row.name] for row in changing]
+        check_reached(original, found, inputs.first, inputs)
+        macs = sum(row.macs_before for row in plan.rows)
+        shown = Varied(inputs, macs, plan.seed).taken_by(original)
+        slopes = fisher(original, found, shown, plan.seed, kind, inputs.whole)
     # a layer's time grows with the part of both networks that runs before it
     ends = _ends(plan)
     total = sum(ends[row.name] for row in changing)
@@ -153,24 +197,30 @@ def fitted(
             bar.update(ends[row.name])
     if inputs is None:
         return converted, Report(plan, None, False)
-    error = divergence(converted, original, inputs)
+    error = divergence(converted, original, inputs, kind)
+    report = Report(plan, error, False, outputs=kind, notes=tuple(inputs.notes))
     renewed = with_batch_norm(converted, inputs)
-    if renewed is not None and (after := divergence(renewed, original, inputs)) < error:
-        return renewed, Report(plan, after, True)
-    return converted, Report(plan, error, False)
+    if renewed is not None and (after := divergence(renewed, original, inputs, kind)) < error:
+        return renewed, dataclasses.replace(report, error=after, batch_norm=True)
+    return converted, report
 
 
+@torch.inference_mode(False)
 def finished(
     converted: nn.Module, report: Report, original: nn.Module, inputs: Inputs, progress: bool
 ) -> tuple[nn.Module, Report]:
     """End with the pass over all layers together, unless the calibration error rises by it."""
-    assert report.error is not None
-    plan = report.plan
+    plan, kind, before = report.plan, report.outputs, report.error
+    assert before is not None
     macs = sum(row.macs_before + 3 * row.macs_after for row in plan.rows)
-    better = refined(converted, original, inputs, macs, plan.seed, progress)
-    if better is not None and (error := divergence(better, original, inputs)) < report.error:
-        return better, dataclasses.replace(report, error=error, refined=True)
-    return converted, report
+    better = refined(converted, original, inputs, macs, plan.seed, progress, kind)
+    report = dataclasses.replace(report, notes=tuple(inputs.notes))
+    if better is None:
+        return converted, report
+    error = divergence(better, original, inputs, kind)
+    if not error < before:
+        return converted, report
+    return better, dataclasses.replace(report, error=error, refined=True)
 
 
 def _settled(
@@ -234,10 +284,21 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
         if row.name not in known:
             raise ValueError(f"`plan` has the layer `{row.name}`, which `model` has not")
         conv: Any = model.get_submodule(row.name)
-        if row.form is not None and Shape.of(conv) != row.shape:
+        if row.form is None:
+            continue
+        if isinstance(conv, TRANSPOSED) or Shape.of(conv) != row.shape:
             raise ValueError(
                 f"`plan` was made for another shape of layer `{row.name}`: {row.shape}, "
-                f"not {Shape.of(conv)}"
+                f"not that of {conv}"
+            )
+        if row.geometry and row.geometry != geometry(conv):
+            raise ValueError(
+                f"`plan` was made for another layer `{row.name}`: with {row.geometry}, not "
+                f"{geometry(conv)}"
+            )
+        if reason := attached(conv):
+            raise ValueError(
+                f"layer `{row.name}` cannot change, as {reason}: keep it dense with `plan.edited`"
             )
 
 
@@ -263,7 +324,7 @@ def with_batch_norm(converted: nn.Module, inputs: Iterable[Tensor]) -> nn.Module
         A copy whose running statistics are averages over the batches, or None if there are no
         batch norms or no batches.
     """
-    result = copy.deepcopy(converted)
+    result = copied(converted)
     norms: list[Any] = [
         module
         for module in result.modules()

@@ -1,4 +1,4 @@
-"""The calibration inputs: batches of whatever was given."""
+"""The calibration inputs: batches of whatever was given, and how a network takes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..failures import in_a_line
 from .following import hooked
+from .sensitivity import GRADIENTS, Outputs, is_logits, tensors
 from .sites import convolutions
 
 BATCH = 32
@@ -17,14 +19,23 @@ BATCH = 32
 
 
 class Inputs:
-    """The calibration inputs as batches on a model's device, as often as they are needed."""
+    """The calibration inputs as batches on a model's device, as often as they are needed.
+
+    Attributes:
+        first: the first batch.
+        count: number of inputs.
+        batches: number of batches.
+        whole: whether the network takes the batches as they are only, as those of a fixed size.
+        varied: whether it takes variations of the inputs too; None while that is not known.
+        notes: what a report should tell of the inputs, a sentence each.
+    """
 
     def __init__(self, calibration: Any, model: nn.Module) -> None:
         parameter = next(model.parameters(), None)
         self._device = None if parameter is None else parameter.device
         self._dtype = torch.float32 if parameter is None else parameter.dtype
         if isinstance(calibration, Tensor):
-            calibration = calibration.split(BATCH)
+            calibration = calibration.split(BATCH) if calibration.dim() else [calibration]
         elif isinstance(calibration, Dataset):
             calibration = DataLoader(calibration, batch_size=BATCH)
         elif not isinstance(calibration, Iterable):
@@ -36,17 +47,33 @@ class Inputs:
             calibration = list(calibration)  # a stream runs once only, and several passes follow
         self._batches: Iterable[Any] = calibration
         self._single, self._most = False, BATCH
+        self.varied: bool | None = None
+        self.notes: list[str] = []
         self.first = self._probe(model)
+        self.whole = self._takes_no_parts(model)
         self.count, self.batches = 0, 0
         for batch in self:
             self.count += len(batch)
             self.batches += 1
+        self._joined()  # several passes follow
+
+    def _joined(self) -> Tensor:
+        """The first batch."""
+        batch = next(iter(self), None)
+        if batch is None:
+            raise ValueError(
+                "`calibration` yields its inputs once only, and several passes need them; give a "
+                "list of them, or an iterable that starts anew each time"
+            )
+        return batch
 
     def __iter__(self) -> Iterator[Tensor]:
         """The batches; single inputs, and batches of one, are joined where their sizes allow."""
         pending: list[Tensor] = []
         for item in self._batches:
             batch = self._input(item)[None] if self._single else self._input(item)
+            if not len(batch):
+                continue
             full = len(pending) == self._most or len(batch) > 1
             if pending and (full or batch.shape != pending[0].shape):
                 yield torch.cat(pending)
@@ -58,6 +85,48 @@ class Inputs:
         if pending:
             yield torch.cat(pending)
 
+    def measured(self, outputs: Outputs) -> Outputs:
+        """How the network's outputs are compared: as "logits" or "values".
+
+        Raises:
+            ValueError: they cannot be compared, or not so.
+        """
+        if not self._comparable:
+            raise ValueError(
+                f"`model` returns {self._returned}; its outputs are compared, so it must return a "
+                "floating-point tensor, or tuples, lists, dicts or dataclasses with some"
+            )
+        if outputs == "logits" and not self._has_logits:
+            raise ValueError(
+                f"`outputs` (='logits') needs a network that returns one score per class, "
+                f"[N, classes]; `model` returns {self._returned}"
+            )
+        return "logits" if self._has_logits and outputs != "values" else "values"
+
+    def taken(self, model: nn.Module, batch: Tensor) -> Any:
+        """A network's output on a variation of inputs; None where it takes no variations."""
+        try:
+            output = model(batch.clone())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            said = in_a_line(error)
+        else:
+            found = tensors(output)
+            if not any(tensor.isnan().any() for tensor in found) and (
+                self._infinite or not any(tensor.isinf().any() for tensor in found)
+            ):
+                return output
+            said = "its outputs are not finite"
+        self.varied = False
+        self.note(f"the network rejects variations of the inputs, so there were none ({said})")
+        return None
+
+    def note(self, text: str) -> None:
+        """Tell something in the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def _input(self, item: Any) -> Tensor:
         if isinstance(item, Sequence) and len(item):
             item = item[0]
@@ -66,16 +135,17 @@ class Inputs:
                 f"`calibration` holds a {type(item).__name__}; its items must be tensors or "
                 "pairs that begin with one"
             )
+        if not item.dim():
+            raise ValueError("`calibration` holds a single number; its items must be inputs")
         dtype = self._dtype if item.is_floating_point() else item.dtype
         return item.to(self._device, dtype, copy=True)  # some networks write into it
 
     @torch.no_grad()
     def _probe(self, model: nn.Module) -> Tensor:
         """Run the first item, as a batch if the model takes it so, else as one input."""
-        item = next(iter(self._batches), None)
-        if item is None or (isinstance(item, Tensor) and not len(item)):
+        first = next((each for each in map(self._input, self._batches) if len(each)), None)
+        if first is None:
             raise ValueError("`calibration` is empty; give at least one input")
-        first = self._input(item)
         try:
             self._single = _runs_unbatched(model, first.clone())
         except Exception as error:
@@ -89,13 +159,32 @@ class Inputs:
             self._single = True
         if not self._single and len(first) != 1:
             return first
-        joined = next(iter(self))
+        joined = self._joined()
         try:
             model(joined.clone())
         except Exception:  # a model of one input at a time
             self._most = 1
-            return next(iter(self))
+            return self._joined()
         return joined
+
+    @torch.no_grad()
+    def _takes_no_parts(self, model: nn.Module) -> bool:
+        """See what the network returns, and whether it takes a part of a batch."""
+        output = model(self.first.clone())
+        found = tensors(output)
+        self._comparable, self._has_logits = bool(found), is_logits(output)
+        self._infinite = any(tensor.isinf().any() for tensor in found)
+        self._returned = f"a {type(output).__name__}"
+        if isinstance(output, Tensor):
+            self._returned = f"a tensor {list(output.shape)} of {output.dtype}"
+        part = self.first[: GRADIENTS // 2].clone()
+        if len(part) == len(self.first):
+            return False
+        try:
+            model(part)
+        except Exception:
+            return True
+        return False
 
 
 def _runs_unbatched(model: nn.Module, input: Tensor) -> bool:

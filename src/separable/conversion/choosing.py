@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibration import Inputs
+from .checking import check_fit
 from .fitting import Target, curve, fit, targets
-from .forms import Form, SeparatedConv, exact_rank, grouped, weights_per_position
+from .forms import Form, SeparatedConv, attached, exact_rank, grouped, weights_per_position
 from .plans import NothingToConvert, Row
-from .sensitivity import fisher
-from .sites import Site, survey, trace
+from .sensitivity import Outputs, fisher
+from .sites import Site, check_reached, survey, trace
 
 SURVEY_BYTES = 1.5e9
 """memory for the moments of the layers that are surveyed in one pass"""
@@ -59,6 +60,7 @@ def candidates(
     forms: tuple[Form, ...],
     seed: int,
     shares: Collection[float],
+    outputs: Outputs,
     progress: bool,
 ) -> dict[float, Candidates]:
     """Find what can be done with each convolution, and what error to expect of it.
@@ -73,6 +75,7 @@ def candidates(
         forms: the forms to consider.
         seed: of every draw.
         shares: fractions of the dense cost near which the errors should be most exact.
+        outputs: what the network's outputs are.
         progress: whether to show a progress bar.
 
     Returns:
@@ -84,24 +87,30 @@ def candidates(
                 f"`model` is a converted network already: `{name}` is a {type(module).__name__}; "
                 "convert the original, or what separable.merge makes of this one"
             )
-    sites = trace(original, inputs.first if inputs is not None else example)
+    first = inputs.first if inputs is not None else example
+    sites = trace(original, first, inputs or ())
     if not sites:
         raise NothingToConvert({})
     reasons = {
         site.name: reason
         for site in sites
-        if (reason := _stays(original, site, skip, inputs is not None or example is not None))
+        if (reason := _stays(original, site, skip, first is not None))
     }
     chosen = [site for site in sites if site.name not in reasons]
     for site in chosen:
         conv: Any = original.get_submodule(site.name)
-        if not conv.weight.isfinite().all():
-            raise ValueError(f"the weight of layer `{site.name}` holds NaN or infinity")
+        for key, values in (("weight", conv.weight), ("bias", conv.bias)):
+            if values is not None and not values.isfinite().all():
+                raise ValueError(f"the {key} of layer `{site.name}` holds NaN or infinity")
+    check_fit(chosen, forms)
+    if first is not None:
+        check_reached(original, chosen, first, inputs or ())
     options: dict[float, dict[str, list[Option]]] = {share: {} for share in shares}
     slopes: dict[str, Tensor] = {}
     with tqdm(total=2 * len(chosen), desc="planning", unit="layer", disable=not progress) as bar:
         if inputs is not None and chosen:
-            slopes = fisher(original, chosen, inputs, seed)
+            kind = inputs.measured(outputs)
+            slopes = fisher(original, chosen, inputs, seed, kind, inputs.whole)
         for group in _fitting(chosen):
             moments = survey(original, group, inputs, seed) if inputs is not None else {}
             bar.update(len(group))
@@ -129,6 +138,13 @@ def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) ->
         return "transposed"
     if traced and not site.calls:
         return "never runs on the calibration inputs"
+    if site.tied:
+        return f"shares a parameter with {site.tied}"
+    conv: Any = model.get_submodule(site.name)
+    if conv.weight.is_complex():
+        return "its weight is complex"
+    if reason := attached(conv):
+        return reason
     if not site.plain:
         return "its class computes more than a convolution"
     if site.shape.inputs == 1 and site.shape.groups > 1:
@@ -153,7 +169,7 @@ def _fitting(sites: Sequence[Site]) -> Iterator[list[Site]]:
 
 
 def cost(site: Site, form: Form | None, rank: int) -> tuple[float, int]:
-    """Multiply-adds per network input and weights of a layer in a form; None is dense."""
+    """Multiply-adds per network input, and weights, of a layer in a form; None is dense."""
     if site.shape is None:  # transposed: each input position meets all weights
         return site.weights * site.before, site.weights
     if form is None:
@@ -173,8 +189,8 @@ def _options(
         macs, weights = cost(site, form, rank)
         return macs if site.calls else float(weights)
 
-    dense = cost(site, None, 0)
-    found = {share: [Option(None, 0, 0.0, *dense)] for share in shares}
+    dense = Option(None, 0, 0.0, cost(site, None, 0)[0], site.params)
+    found = {share: [dense] for share in shares}
     for form in forms:
         if (form == "low-rank") != (site.shape.taps == 1):
             continue  # without taps, the separable forms have nothing to separate
@@ -191,10 +207,17 @@ def _options(
         for share, anchor in anchors.items():
             errors = torch.stack([levelled[anchor] for levelled in curves]).sum(0).tolist()
             found[share] += [
-                Option(form, rank, errors[rank - 1], *cost(site, form, rank))
+                Option(form, rank, errors[rank - 1], *_with_bias(site, form, rank))
                 for rank in range(1, most + 1)
             ]
     return found
+
+
+def _with_bias(site: Site, form: Form, rank: int) -> tuple[float, int]:
+    """Multiply-adds and parameters of a converted layer, which has a bias."""
+    assert site.shape is not None
+    macs, weights = cost(site, form, rank)
+    return macs, weights + site.shape.groups * site.shape.outputs
 
 
 def _levelled(goal: Target, form: Form, most: int, anchors: Collection[int]) -> dict[int, Tensor]:
@@ -288,7 +311,7 @@ def rows(found: Candidates, picked: dict[str, Option]) -> tuple[Row, ...]:
     """The rows of a plan, in the order in which the layers run."""
     result = []
     for site in found.sites:
-        before = cost(site, None, 0)
+        before = cost(site, None, 0)[0], site.params
         option = picked.get(site.name)
         reason = found.reasons.get(site.name, "")
         if option is None or option.form is None:
@@ -307,6 +330,7 @@ def rows(found: Candidates, picked: dict[str, Option]) -> tuple[Row, ...]:
                 reason="" if option.form else reason,
                 positions=(site.before, site.after),
                 shape=site.shape,
+                geometry=site.geometry,
             )
         )
     return tuple(result)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .applying import apply, finished, fitted
+from .applying import Report, apply, finished, fitted, with_report
 from .forms import FORMS, Form, SeparatedConv, merged
 from .planning import plan, survey
 from .plans import Budget
-from .sites import replaced
+from .sensitivity import Outputs
+from .sites import copied, replaced
 
 
 def convert(
@@ -25,6 +26,7 @@ def convert(
     seed: int = 0,
     compile: Callable[..., Callable[..., Any]] | None = None,
     example: Tensor | None = None,
+    outputs: Outputs = "auto",
     progress: bool = True,
 ) -> nn.Module:
     """Turn a trained network of regular convolutions into one of separable ones.
@@ -52,11 +54,13 @@ def convert(
         seed=seed,
         compile=compile,
         example=example,
+        outputs=outputs,
         progress=progress,
     )
     return apply(model, chosen, calibration, progress=progress)
 
 
+@torch.inference_mode(False)
 def frontier(
     model: nn.Module,
     calibration: Any,
@@ -89,7 +93,7 @@ def frontier(
     found: dict[str, nn.Module] = {}
     for each, chosen in {each: surveyed.choose(each) for each in budgets}.items():
         network, report = fitted(original, chosen, inputs, progress)
-        network.report = report  # type: ignore[assignment]
+        with_report(network, report, model)
         is_error = Budget.parse(each).quantity == "error"
         if each != budget and not is_error:
             found[f"{each}, fitted once"] = network
@@ -97,7 +101,7 @@ def frontier(
         found[each] = network
         if inputs is not None:
             found[each], report = finished(network, report, original, inputs, progress)
-            found[each].report = report  # type: ignore[assignment]
+            with_report(found[each], report, model)
         if report.refined and further and not is_error:
             found[f"{each}, fitted once"] = network
     return found
@@ -112,7 +116,7 @@ def merge(model: nn.Module) -> nn.Module:
     Returns:
         A new model that computes the same, up to rounding.
     """
-    result = copy.deepcopy(model)
+    result = copied(model)
     found: dict[nn.Module, list[str]] = {}
     for name, module in result.named_modules(remove_duplicate=False):
         if isinstance(module, SeparatedConv):
@@ -120,6 +124,6 @@ def merge(model: nn.Module) -> nn.Module:
     for module, names in found.items():
         assert isinstance(module, SeparatedConv)
         result = replaced(result, names, merged(module))
-    if hasattr(result, "report"):
+    if isinstance(getattr(result, "report", None), Report):
         del result.report  # it is of a converted network, which this one is no more
     return result

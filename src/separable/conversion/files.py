@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 
 from ..writing import whole_file
 from .applying import Report
-from .forms import Shape, random_factors, separated
+from .checking import check_model
+from .forms import CONVS, Shape, random_factors, separated
 from .plans import Plan
-from .sites import convolutions, replaced
+from .sensitivity import OUTPUTS
+from .sites import convolutions, copied, geometry, replaced
 
 FORMAT = "separable-1"
 
@@ -39,15 +40,24 @@ def save(
         weights: a state dict to write in place of the model's own, as a moving average of it.
 
     Raises:
-        ValueError: the model is not a converted one.
+        TypeError: `weights` are no state dict.
+        ValueError: the model is not a converted one, `weights` are of another, or there is state
+            that is no tensor.
     """
     report = getattr(model, "report", None)
     if not isinstance(report, Report):
         raise ValueError("`model` has no `report`: it did not come from `convert` or `apply`")
+    own = model.state_dict()
+    given = own if weights is None else _matching(weights, own)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, tensor in (model.state_dict() if weights is None else weights).items():
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"`model` has the extra state `{name}`, a {type(tensor).__name__}: the file holds "
+                "tensors only; let `get_extra_state` return one, or save with torch.save"
+            )
         # safetensors stores no two views of one memory: tied weights are kept once
         view = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and view in seen:
@@ -65,6 +75,24 @@ def save(
         save_file(tensors, partial, metadata)
 
 
+def _matching(weights: Any, own: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """A state dict, which must have the names and sizes of a model's own."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"`weights` (a {type(weights).__name__}) must be a state dict")
+    if weights.keys() != own.keys():
+        odd = sorted(map(str, weights.keys() ^ own.keys()))[:3]
+        raise ValueError(
+            f"`weights` must have the names of the model's state dict; {', '.join(odd)} are in one "
+            "of them only"
+        )
+    for name, value in own.items():
+        if isinstance(value, Tensor) and getattr(weights[name], "shape", None) != value.shape:
+            raise ValueError(
+                f"`weights` must have `{name}` of the model's shape {list(value.shape)}"
+            )
+    return weights
+
+
 def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
     """Read a converted network.
 
@@ -77,19 +105,26 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: `model` is no module.
         ValueError: the file is damaged, of another kind, or of another network.
     """
+    check_model(model, Report)
     report, tensors = _read(path)
-    result = copy.deepcopy(model)
+    result = copied(model)
     names = convolutions(result)
     for row in report.plan.rows:
         if row.form is None:
             continue
         conv: Any = result.get_submodule(row.name) if row.name in names else None
-        if conv is None or Shape.of(conv) != row.shape:
+        if not isinstance(conv, CONVS) or Shape.of(conv) != row.shape:
             raise ValueError(
                 f"`path` (={os.fspath(path)!r}) holds another network than `model`: its layer "
                 f"`{row.name}` has the shape {row.shape}"
+            )
+        if row.geometry and row.geometry != geometry(conv):
+            raise ValueError(
+                f"`path` (={os.fspath(path)!r}) holds another network than `model`: its layer "
+                f"`{row.name}` has {row.geometry}, not {geometry(conv)}"
             )
         factors = random_factors(row.form, row.shape, row.rank)
         child = "spatial" if factors.last is None else "last"
@@ -102,6 +137,12 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
             )
         module = separated(conv, factors, bias)
         result = replaced(result, names[row.name], module)
+    for name, value in result.state_dict().items():
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(
+                f"`path` (={os.fspath(path)!r}) holds another network than `model`: its `{name}` "
+                f"is of {tensors[name].dtype}, not {value.dtype}"
+            )
     try:
         result.load_state_dict(tensors)
     except RuntimeError as error:
@@ -122,11 +163,28 @@ def _read(path: str | os.PathLike[str]) -> tuple[Report, dict[str, Tensor]]:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         plan = Plan.from_json(metadata["plan"])
-        report = Report(plan, **json.loads(metadata["report"]))
+        report = _report(plan, json.loads(metadata["report"]))
         for name, source in json.loads(metadata["aliases"]).items():
             tensors[name] = tensors[source]
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"`path` (={os.fspath(path)!r}) is no converted network that `save` wrote: {error}"
         ) from error
     return report, tensors
+
+
+def _report(plan: Plan, fields: dict[str, Any]) -> Report:
+    report = Report(plan, **{**fields, "notes": tuple(fields.get("notes", ()))})
+    flags = isinstance(report.batch_norm, bool) and isinstance(report.refined, bool)
+    told = report.outputs in OUTPUTS and all(isinstance(note, str) for note in report.notes)
+    measured = report.error is None or type(report.error) in (int, float)
+    if not (flags and told and measured):
+        raise ValueError("its report is damaged")
+    return report

@@ -215,13 +215,19 @@ class _Follower(TorchFunctionMode):
 
 @contextmanager
 def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Run a hook after each run of a module, within."""
-    handles = [module.register_forward_hook(hook) for module, hook in pairs]
+    """Run a hook after each run of a module, within; inputs by name come to it by position."""
+    handles = [
+        module.register_forward_hook(_by_position(hook), with_kwargs=True) for module, hook in pairs
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_position(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: hook(module, (*args, *kwargs.values()), output)
 
 
 @contextmanager

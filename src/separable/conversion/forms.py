@@ -19,6 +19,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PASSES = ("forward", "_conv_forward")
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -116,7 +117,7 @@ def random_factors(form: Form, shape: Shape, rank: int) -> Factors:
     generator = torch.Generator().manual_seed(0)
     parts: dict[str, Any] = {"lead": None, "last": None}
     for name, size in _sizes(form, shape, rank).items():
-        parts[name] = torch.randn(size, generator=generator)
+        parts[name] = torch.randn(size, generator=generator, dtype=torch.float32)
     return Factors(form, **parts)
 
 
@@ -187,10 +188,18 @@ def plain_class(conv: Conv) -> type[Conv]:
 def customised(conv: Conv) -> bool:
     """Whether the class of a convolution has a forward pass of its own."""
     plain = plain_class(conv)
-    return any(
-        getattr(type(conv), name) is not getattr(plain, name)
-        for name in ("forward", "_conv_forward")
-    )
+    return any(getattr(type(conv), name) is not getattr(plain, name) for name in PASSES)
+
+
+def attached(conv: nn.Module) -> str:
+    """What else runs with a convolution, and would be lost with it; nothing if nothing does."""
+    if any(name in vars(conv) for name in PASSES):
+        return "its forward pass was replaced"
+    hooks: Any = conv
+    kinds = (hooks._forward_pre_hooks, hooks._forward_hooks)
+    if any((*kinds, hooks._backward_pre_hooks, hooks._backward_hooks)):
+        return "it has hooks"
+    return ""
 
 
 def like(conv: Conv, inputs: int, outputs: int, groups: int, bias: bool) -> Conv:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +15,14 @@ from tqdm import tqdm
 
 from ..cost import measure, measure_interleaved
 from ..progress import hidden
-from .applying import finished, fitted
+from .applying import Report, finished, fitted
 from .calibration import Inputs
+from .checking import check_compile, check_example, check_model, checked_forms, checked_skip
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
-from .plans import Budget, NothingToConvert, Plan
-from .sites import frozen_copy, replaced, trace
+from .plans import Budget, NothingToConvert, Plan, check_outputs, check_seed
+from .sensitivity import Outputs
+from .sites import copied, frozen_copy, replaced, trace
 
 TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
@@ -42,6 +42,7 @@ def plan(
     seed: int = 0,
     compile: Callable[..., Callable[..., Any]] | None = None,
     example: Tensor | None = None,
+    outputs: Outputs = "auto",
     progress: bool = True,
 ) -> Plan:
     """Choose a form and rank for each convolution of a trained network.
@@ -54,10 +55,10 @@ def plan(
         model: the network; it is left as it was.
         calibration: an iterable of inputs, batches or (input, label) pairs, without use of the
             labels. None plans from the weights alone.
-        budget: "macs=0.25" or "params=0.25", at most that share of the convolutions';
-            "latency=0.4", at most that share of the network's time; "error=0.01", the least
-            multiply-adds at that mean KL divergence of the logits, or relative squared error of
-            other outputs, on the calibration inputs.
+        budget: "macs=0.25" or "params=0.25", at most that share of the convolutions' multiply-adds
+            or weights and biases; "latency=0.4", at most that share of the network's time;
+            "error=0.01", the least multiply-adds at that mean KL divergence of the logits, or
+            relative squared error of other outputs, on the calibration inputs.
         skip: layers to keep dense: names of them or of modules that hold them, or shell patterns
             of names.
         forms: the forms to choose from.
@@ -66,6 +67,10 @@ def plan(
             times it in eager mode.
         example: an input batch for shapes and timing, where `calibration` is None; the first
             calibration batch's first input where left out.
+        outputs: what the network returns: "logits", one score per class, `[N, classes]`, which
+            are compared by the KL divergence of their softmax and so up to an offset; "values",
+            compared by relative squared error, as those of a regression; "auto" takes all
+            `[N, k]`, k > 1, for logits.
         progress: whether to show a progress bar.
 
     Returns:
@@ -85,6 +90,7 @@ def plan(
         seed=seed,
         compile=compile,
         example=example,
+        outputs=outputs,
         progress=progress,
     ).choose(budget)
 
@@ -100,14 +106,17 @@ class Survey:
     """by the share of the cost near which the errors are most exact"""
     seed: int
     compile: Callable[..., Callable[..., Any]]
+    outputs: Outputs
     progress: bool
     timed: dict[Any, float] = field(default_factory=dict)
     """seconds of the options that were timed so far"""
 
+    @torch.inference_mode(False)
     def choose(self, budget: str) -> Plan:
         """The plan for one of the budgets that the survey was made for."""
         goal = Budget.parse(budget)
-        task = _Task(self.original, self.found[_share(goal)], goal, self.seed, self.progress)
+        found = self.found[_share(goal)]
+        task = _Task(self.original, found, goal, self.seed, self.outputs, self.progress)
         if goal.quantity == "error":
             assert self.inputs is not None
             return _for_error(task, self.inputs)
@@ -117,6 +126,7 @@ class Survey:
         return task.within(goal.limit)
 
 
+@torch.inference_mode(False)
 def survey(
     model: nn.Module,
     calibration: Any,
@@ -127,6 +137,7 @@ def survey(
     seed: int = 0,
     compile: Callable[..., Callable[..., Any]] | None = None,
     example: Tensor | None = None,
+    outputs: Outputs = "auto",
     progress: bool = True,
 ) -> Survey:
     """Find out what can be done with each layer, which takes most of a plan's time.
@@ -142,11 +153,22 @@ def survey(
         ValueError: as for `plan`, but that a budget can be met is left to `choose`.
     """
     goals = [Budget.parse(budget) for budget in budgets]
+    check_model(model, Report)
+    check_seed(seed)
+    check_outputs(outputs)
+    check_compile(compile)
+    forms = checked_forms(forms)
     original = frozen_copy(model)
-    _check_skip(original, skip)
+    skip = checked_skip(original, skip)
     inputs = None if calibration is None else Inputs(calibration, original)
-    if example is None and inputs is not None:
-        example = inputs.first[:1]
+    if inputs is not None:
+        inputs.measured(outputs)
+    if example is not None:
+        timed = any(goal.quantity == "latency" for goal in goals)
+        check_example(original, example, timed or inputs is None)
+        example = example.clone()  # some networks write into it
+    elif inputs is not None:
+        example = inputs.first if inputs.whole else inputs.first[:1]
     for goal, budget in zip(goals, budgets, strict=True):
         if inputs is None and goal.quantity == "error":
             raise ValueError(f"`budget` (={budget!r}) is measured and needs `calibration`")
@@ -159,30 +181,31 @@ def survey(
         original,
         inputs,
         example,
-        tuple(skip),
-        _checked_forms(forms),
+        skip,
+        forms,
         seed,
         {_share(goal) for goal in goals},
+        outputs,
         progress,
     )
     for each in found.values():
         if not each.options:
             raise NothingToConvert(each.reasons)
     return Survey(
-        original, inputs, example, found, seed, compile or (lambda model, _: model), progress
+        original,
+        inputs,
+        example,
+        found,
+        seed,
+        compile or (lambda model, _: model),
+        outputs,
+        progress,
     )
 
 
 def _share(goal: Budget) -> float:
     """The share of the dense cost where a plan for a budget is likely to end."""
     return 0.25 if goal.quantity == "error" else goal.limit
-
-
-def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"`skip` (={pattern!r}) must name a layer of the model, and none does")
 
 
 class _Task(NamedTuple):
@@ -192,10 +215,11 @@ class _Task(NamedTuple):
     found: Candidates
     goal: Budget
     seed: int
+    outputs: Outputs
     progress: bool
 
     def plan(self, picked: dict[str, Option]) -> Plan:
-        return Plan(rows(self.found, picked), str(self.goal), self.seed)
+        return Plan(rows(self.found, picked), str(self.goal), self.seed, outputs=self.outputs)
 
     def within(self, share: float, quantity: str | None = None) -> Plan:
         """The plan of least error within a share of the convolutions' MACs or weights."""
@@ -326,7 +350,7 @@ def _timed(task: _Task, survey: Survey, example: Tensor) -> dict[tuple[str, Opti
     """Seconds of each layer alone, for a ladder of ranks of each form."""
     known = survey.timed
     seconds: dict[tuple[str, Option], float] = {}
-    sites = {site.name: site for site in trace(task.original, example)}
+    sites = {site.name: site for site in trace(task.original, example, survey.inputs or ())}
     offered = {name: list(_ladder(group)) for name, group in task.found.options.items()}
     count = sum(map(len, offered.values()))
     with tqdm(total=count, desc="timing", unit="option", disable=not task.progress) as bar:
@@ -339,7 +363,9 @@ def _timed(task: _Task, survey: Survey, example: Tensor) -> dict[tuple[str, Opti
                 if key not in known:
                     module = _stand_in(conv, option)
                     generator = torch.Generator().manual_seed(0)
-                    input = torch.randn(site.input_size, generator=generator).to(conv.weight)
+                    input = torch.randn(
+                        site.input_size, generator=generator, dtype=torch.float32
+                    ).to(conv.weight)
                     timed = measure(
                         survey.compile(module, input), input, repeats=5, min_seconds=0.02
                     )
@@ -369,7 +395,7 @@ def _stand_in(conv: Conv, option: Option) -> nn.Module:
 
 def _mock(task: _Task, picked: dict[str, Option]) -> nn.Module:
     """The network that a choice leads to, with noise for weights: it takes the same time."""
-    network = copy.deepcopy(task.original)
+    network = copied(task.original)
     sites = {site.name: site for site in task.found.sites}
     for name, option in picked.items():
         if option.form is not None:
@@ -393,12 +419,3 @@ def _with_times(
         for row in plan.rows
     )
     return dataclasses.replace(plan, rows=timed)
-
-
-def _checked_forms(forms: Sequence[Form]) -> tuple[Form, ...]:
-    for form in forms:
-        if form not in FORMS:
-            raise ValueError(f"`forms` (={form!r}) must be among {', '.join(FORMS)}")
-    if not forms or isinstance(forms, str):
-        raise ValueError(f"`forms` (={forms!r}) must be a sequence of forms: {', '.join(FORMS)}")
-    return tuple(forms)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from prettytable import PrettyTable
 
 from .forms import FORMS, Form, Shape, exact_rank, weights_per_position
+from .sensitivity import OUTPUTS, Outputs
 
 Quantity = Literal["macs", "params", "latency", "error"]
 
@@ -75,7 +76,7 @@ class Row:
     macs_after: float
     params_before: int
     params_after: int
-    """weights, biases left out"""
+    """weights and biases, less what a layer before it holds too; a converted layer has a bias"""
     error: float | None
     """predicted divergence of the network's outputs that this layer alone causes; None unknown"""
     reason: str = ""
@@ -87,6 +88,38 @@ class Row:
     """input and output positions per network input"""
     shape: Shape | None = None
     """sizes; None for a transposed convolution"""
+    geometry: str = ""
+    """kernel size, stride, padding, dilation and padding mode; empty where not known"""
+
+    def __post_init__(self) -> None:
+        where = f" of layer `{self.name}`"
+        for key in ("name", "reason", "geometry"):
+            _check_kind(f"`{key}`{where}", getattr(self, key), str)
+        for key in ("rank", "params_before", "params_after"):
+            _check_kind(f"`{key}`{where}", getattr(self, key), int)
+        for key in ("macs_before", "macs_after"):
+            _check_kind(f"`{key}`{where}", getattr(self, key), float)
+        if self.error is not None:  # rounding may take it below 0
+            size = abs(self.error) if isinstance(self.error, float) else self.error
+            _check_kind(f"`error`{where}", size, float)
+        for key in ("seconds_before", "seconds_after"):
+            if getattr(self, key) is not None:
+                _check_kind(f"`{key}`{where}", getattr(self, key), float)
+        for number in self.positions:
+            _check_kind(f"`positions`{where}", number, float)
+        for size in self.shape or ():
+            _check_kind(f"`shape`{where}", size, int)
+        if self.form is None:
+            return
+        if self.shape is None:
+            raise ValueError(f"layer `{self.name}` is transposed and cannot be converted")
+        if self.form not in FORMS:
+            raise ValueError(f"`form` (={self.form!r}) must be one of {', '.join(FORMS)}")
+        if not 1 <= self.rank <= exact_rank(self.form, self.shape):
+            raise ValueError(
+                f"`rank` (={self.rank}){where} must lie in 1 to "
+                f"{exact_rank(self.form, self.shape)}, where the form is exact"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,6 +132,20 @@ class Plan:
     seconds_before: float | None = None
     seconds_after: float | None = None
     """of the whole network, measured, where the budget is a latency"""
+    outputs: Outputs = "auto"
+    """what the network's outputs are taken for: logits, values, or what their shape says"""
+
+    def __post_init__(self) -> None:
+        _check_kind("`budget`", self.budget, str)
+        check_seed(self.seed)
+        check_outputs(self.outputs)
+        for key in ("seconds_before", "seconds_after"):
+            if getattr(self, key) is not None:
+                _check_kind(f"`{key}`", getattr(self, key), float)
+        names = [row.name for row in self.rows]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"layer `{name}` has {names.count(name)} rows; leave one")
 
     @property
     def macs(self) -> float:
@@ -107,7 +154,7 @@ class Plan:
 
     @property
     def params(self) -> float:
-        """Share of the convolutions' weights that is left."""
+        """Share of the convolutions' weights and biases that is left."""
         after, before = (r.params_after for r in self.rows), (r.params_before for r in self.rows)
         return _share(sum(after), sum(before))
 
@@ -134,10 +181,10 @@ class Plan:
 
         Raises:
             KeyError: there is no such layer.
+            TypeError: the rank is no whole number.
             ValueError: the layer cannot have that form or rank.
         """
         old = self.row(name)
-        shape = old.shape
         if form is None:
             new = dataclasses.replace(
                 old,
@@ -150,26 +197,10 @@ class Plan:
                 seconds_after=old.seconds_before,
             )
         else:
-            if shape is None:
-                raise ValueError(f"layer `{name}` is transposed and cannot be converted")
-            if form not in FORMS:
-                raise ValueError(f"`form` (={form!r}) must be one of {', '.join(FORMS)}")
-            if not 1 <= rank <= exact_rank(form, shape):
-                raise ValueError(
-                    f"`rank` (={rank}) of layer `{name}` must lie in 1 to "
-                    f"{exact_rank(form, shape)}, where the form is exact"
-                )
-            lead, rest = weights_per_position(form, shape, rank)
-            new = dataclasses.replace(
-                old,
-                form=form,
-                rank=rank,
-                macs_after=lead * old.positions[0] + rest * old.positions[1],
-                params_after=lead + rest,
-                error=None,
-                reason="",
-                seconds_after=None,
+            changed = dataclasses.replace(
+                old, form=form, rank=rank, error=None, reason="", seconds_after=None
             )
+            new = _priced(changed)
         rows = tuple(new if row is old else row for row in self.rows)
         return dataclasses.replace(self, rows=rows, seconds_after=None)
 
@@ -190,7 +221,7 @@ class Plan:
                 raise ValueError("its version is not 1")
             fields["rows"] = tuple(_row(row) for row in fields["rows"])
             return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"`text` is not a conversion plan: {error!r}") from error
 
     def __str__(self) -> str:
@@ -230,11 +261,48 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    shape, positions = fields.pop("shape"), fields.pop("positions")
-    if fields["form"] is not None and fields["form"] not in FORMS:
-        raise ValueError(f"unknown form {fields['form']!r}")
-    return Row(
-        **fields,
-        positions=tuple(positions),
-        shape=None if shape is None else Shape(*shape),
-    )
+    shape, (before, after) = fields.pop("shape"), fields.pop("positions")
+    shape = None if shape is None else Shape(*shape)
+    return _priced(Row(**fields, positions=(before, after), shape=shape))
+
+
+def _priced(row: Row) -> Row:
+    """The row with the costs that follow from its form, rank and positions."""
+    before, after, params = row.macs_before, row.macs_before, row.params_before
+    if row.shape is not None:
+        before = after = math.prod(row.shape) * row.positions[1]
+    if row.form is not None and row.shape is not None:
+        lead, rest = weights_per_position(row.form, row.shape, row.rank)
+        after = lead * row.positions[0] + rest * row.positions[1]
+        params = lead + rest + row.shape.groups * row.shape.outputs
+    return dataclasses.replace(row, macs_before=before, macs_after=after, params_after=params)
+
+
+def _check_kind(what: str, value: Any, kind: type) -> None:
+    """See that a value is a string, a whole number or a finite one; numbers from 0."""
+    given = f"{what} (={value!r})"
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        names = {str: "a string", int: "a whole number", float: "a number"}
+        raise TypeError(f"{given} must be {names[kind]}")
+    if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        raise ValueError(f"{given} must be finite and not negative")
+
+
+def check_seed(seed: Any) -> None:
+    """See that a seed is one that torch takes.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is out of range.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"`seed` (={seed!r}) must be a whole number")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"`seed` (={seed}) must lie in -2**63 to 2**64 - 1, as torch's do")
+
+
+def check_outputs(outputs: Any) -> None:
+    """See that a word for the kind of outputs is known."""
+    if not isinstance(outputs, str) or outputs not in OUTPUTS:
+        raise ValueError(f"`outputs` (={outputs!r}) must be one of {', '.join(OUTPUTS)}")

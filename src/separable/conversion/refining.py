@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from .calibration import Inputs
 from .following import Run, followed
 from .forms import SeparatedConv
 from .moments import summed
-from .sensitivity import divergence, is_logits, tensors
+from .sensitivity import Outputs, compared, divergence, finite, is_logits, kl, tensors
+from .sites import copied
 from .varying import varied
 
 STEPS, SAMPLES = 600, 64
@@ -40,6 +39,7 @@ def refined(
     macs: float,
     seed: int,
     progress: bool,
+    outputs: Outputs = "auto",
 ) -> nn.Module | None:
     """Move the weights of all converted layers together to where the outputs are the original's.
 
@@ -60,14 +60,17 @@ def refined(
         macs: multiply-adds per input of a step: one pass of the original, three of the other.
         seed: of every draw.
         progress: whether to show a progress bar.
+        outputs: what the network's outputs are.
 
     Returns:
         A refined copy, or None where it is no better on variations that no step has seen, or the
-        network is too large.
+        network is too large, or takes no parts of a batch.
     """
-    result = copy.deepcopy(converted)
-    names = [name for name, m in result.named_modules() if isinstance(m, SeparatedConv)]
+    names = [name for name, m in converted.named_modules() if isinstance(m, SeparatedConv)]
     if not names or macs * SAMPLES * STEPS / 20 > WORK:
+        return None
+    if inputs.whole:
+        inputs.note("the network takes batches of one size only, so there was no last pass")
         return None
     count = summed(torch.tensor(float(inputs.count))).item()
     share = min(1.0, KEPT / count)
@@ -75,10 +78,20 @@ def refined(
     part = min(1.0, SAMPLES / (share * count))
     drawn = summed(torch.tensor(float(sum(_drawn(batch, part) for batch in kept)))).item()
     steps = max(1, int(min(STEPS, WORK / max(macs * drawn, 1.0))))
-    scales = _variances(original, names, kept)
-    weights, rates = _parameters(result, names, scales)
-    flags = [parameter.requires_grad for parameter in result.parameters()]
-    result.requires_grad_(False)
+    moved, teacher, shown = copied(converted), original, kept
+    if any(parameter.dtype == torch.float16 for parameter in converted.parameters()):
+        # squares overflow in it, and Adam's ε is 0
+        moved, teacher = moved.float(), copied(original).float()
+        shown = [batch.float() if batch.is_floating_point() else batch for batch in kept]
+        with torch.no_grad():
+            if inputs.taken(teacher, shown[0]) is None:
+                return None
+    scales = _variances(teacher, names, shown)
+    names = [name for name in names if name in scales]  # the others run on none of them
+    if not names:
+        return None
+    weights, rates = _parameters(moved, names, scales)
+    moved.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
     groups = [{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=True)]
@@ -88,9 +101,9 @@ def refined(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step / steps)
         slopes = [torch.zeros_like(weight) for weight in weights]
-        for batch in _draws(kept, part, generator):
+        for batch, goal, ends in _lessons(teacher, names, inputs, shown, part, generator):
             with torch.enable_grad():
-                loss = _loss(result, original, names, scales, batch) / drawn
+                loss = _loss(moved, compared(goal, outputs), ends, scales, batch, outputs) / drawn
             if not loss.requires_grad:
                 return None  # the outputs do not depend on the weights, or hide how
             found = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -101,21 +114,70 @@ def refined(
         for weight, slope in zip(weights, slopes, strict=True):
             weight.grad = slope
         optimiser.step()
-    for parameter, flag in zip(result.parameters(), flags, strict=True):
-        parameter.grad = None
-        parameter.requires_grad_(flag)
-    drawn_anew = _draws(kept, 1.0, generator)
-    fresh = [part for batch in drawn_anew for part in batch.split(SAMPLES)]
-    better = divergence(result, original, fresh) < divergence(converted, original, fresh)
-    return result if better else None
+    result = copied(converted)
+    _take_over(result, moved, names)
+    fresh = _fresh(original, inputs, kept, generator)
+    after, before = (divergence(net, original, fresh, outputs) for net in (result, converted))
+    return result if after < before else None
+
+
+@torch.no_grad()
+def _take_over(result: nn.Module, moved: nn.Module, names: Iterable[str]) -> None:
+    """Copy the parameters of the named layers, from float32 where that was needed."""
+    for name in names:
+        pair = (network.get_submodule(name).parameters() for network in (result, moved))
+        for parameter, value in zip(*pair, strict=True):
+            parameter.copy_(value)
+
+
+def _fresh(
+    original: nn.Module, inputs: Inputs, kept: list[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    """Variations that no step has seen, where the network takes some."""
+
+    def drawn() -> list[Tensor]:
+        batches = _draws(kept, 1.0, generator, inputs.varied is not False)
+        return [part for batch in batches for part in batch.split(SAMPLES)]
+
+    found = drawn()
+    with torch.no_grad():
+        if inputs.varied is not False and any(inputs.taken(original, b) is None for b in found):
+            return drawn()
+    return found
+
+
+def _lessons(
+    original: nn.Module,
+    names: list[str],
+    inputs: Inputs,
+    batches: list[Tensor],
+    part: float,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Any, dict[str, list[Run]]]]:
+    """What a step sees, what the original returns there, and what becomes of its layers' outputs.
+
+    Once the network rejects variations, the inputs stand for themselves.
+    """
+    vary = inputs.varied is not False
+    for batch in _draws(batches, part, generator, vary):
+        with torch.no_grad(), followed(original, names) as wanted:
+            goal = inputs.taken(original, batch) if vary else original(batch.clone())
+        if goal is None:
+            break
+        yield batch, goal, wanted
+    else:
+        return
+    yield from _lessons(original, names, inputs, batches, part, generator)
 
 
 def _drawn(batch: Tensor, part: float) -> int:
     return max(1, round(part * len(batch)))
 
 
-def _draws(batches: Iterable[Tensor], part: float, generator: torch.Generator) -> Iterator[Tensor]:
-    """The variations that a step sees, joined where their sizes allow."""
+def _draws(
+    batches: Iterable[Tensor], part: float, generator: torch.Generator, vary: bool = True
+) -> Iterator[Tensor]:
+    """The variations that a step sees, or the inputs themselves, joined where sizes allow."""
     seed = int(torch.randint(2**31, (), generator=generator))
     found: dict[torch.Size, list[Tensor]] = {}
     for batch in batches:
@@ -123,7 +185,7 @@ def _draws(batches: Iterable[Tensor], part: float, generator: torch.Generator) -
         count = _drawn(batch, part)
         first, second = (torch.randperm(len(batch), generator=same)[:count] for _ in range(2))
         taken = batch[first]
-        if batch.is_floating_point():  # there is nothing between indices
+        if vary and batch.is_floating_point():  # there is nothing between indices
             taken = varied(taken, batch[second], same)
         found.setdefault(taken.shape[1:], []).append(taken)
     for group in found.values():
@@ -143,7 +205,7 @@ def _variances(
     sums: dict[str, Tensor] = {}
     for batch in batches:
         with followed(model, names) as runs:
-            model(batch)
+            model(batch.clone())  # some write into what they are given
         for name, end in _ends(runs):
             channel = end.dim() - 1 - _dims(model, name)
             values = end.double().movedim(channel, 0).flatten(1)
@@ -163,6 +225,12 @@ def _ends(runs: dict[str, list[Run]]) -> Iterator[tuple[str, Tensor]]:
         for run in those:
             assert run.end is not None
             yield name, run.end
+
+
+def _common(*runs: dict[str, list[Run]]) -> Iterator[tuple[tuple[str, Tensor], ...]]:
+    """The ends of the runs that two networks share; what runs may depend on the inputs."""
+    for name in runs[0]:
+        yield from zip(*(_ends({name: each[name]}) for each in runs), strict=False)
 
 
 def _dims(model: nn.Module, name: str) -> int:
@@ -188,25 +256,25 @@ def _parameters(
 
 def _loss(
     converted: nn.Module,
-    original: nn.Module,
-    names: list[str],
+    goal: Any,
+    wanted: dict[str, list[Run]],
     variances: dict[str, Tensor],
     batch: Tensor,
+    outputs: Outputs,
 ) -> Tensor:
     """Summed over the batch."""
-    with torch.no_grad(), followed(original, names) as wanted:
-        goal = original(batch.clone())  # some write into what they are given
-    with followed(converted, names) as reached:
-        output = converted(batch)
+    with followed(converted, wanted) as reached:
+        output = compared(converted(batch), outputs)
     if is_logits(goal):
         new, old = ((z / TEMPERATURE).log_softmax(1) for z in (output, goal))
-        loss = TEMPERATURE**2 * F.kl_div(new, old, log_target=True, reduction="sum")
+        loss = TEMPERATURE**2 * kl(new, old)
     else:
         loss = torch.zeros((), device=batch.device)
         for new, old in zip(tensors(output), tensors(goal), strict=True):
+            old, new = finite(old, new)
             energy = old.square().sum().clamp_min(1e-30)
             loss = loss + len(batch) * (new - old).square().sum() / energy
-    for (name, new), (_, old) in zip(_ends(reached), _ends(wanted), strict=True):
+    for (name, new), (_, old) in _common(reached, wanted):
         scale = variances[name].to(new.dtype) * old.numel() / len(batch)
         loss = loss + LAYERS * (new - old).square().sum() / scale
     return loss

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .following import NOTHING, Run, Sequel, Stop, followed, hooked
+from ..failures import in_a_line
+from .following import NOTHING, Sequel, Stop, followed, hooked
 from .forms import CONVS, TRANSPOSED, Shape
 from .moments import Moments, is_convolution, samples
 
@@ -31,7 +34,7 @@ class Site:
     shape: Shape | None
     """None for a transposed convolution"""
     calls: int
-    """runs in a forward pass"""
+    """runs in a forward pass, the first one in which it runs"""
     before: float
     """input positions per network input, over all runs"""
     after: float
@@ -40,6 +43,12 @@ class Site:
     """shape of the first run's input"""
     weights: int = 0
     """how many numbers its weight holds"""
+    params: int = 0
+    """how many its weight and bias hold, less what a layer before it holds"""
+    geometry: str = ""
+    """how its kernel moves"""
+    tied: str = ""
+    """a module that holds one of its parameters too"""
     plain: bool = True
     """whether it computes its weight times its patches in its first run"""
     sequel: Sequel = NOTHING
@@ -56,10 +65,65 @@ def convolutions(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {group[0]: tuple(group) for group in names.values()}
 
 
-@torch.no_grad()
-def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
-    """Find the convolutions, in the order they first run in; those that never run come last."""
+def trace(model: nn.Module, input: Tensor | None, further: Iterable[Tensor] = ()) -> list[Site]:
+    """Find the convolutions, in the order they first run in; those that never run come last.
+
+    Args:
+        model: the network.
+        input: a batch to run it on, if there is one.
+        further: batches for layers that do not run on the first; each is described by the first
+            batch on which it runs.
+    """
     names = convolutions(model)
+    found: dict[str, Site] = {}
+    order: list[str] = []
+    for batch in () if input is None else itertools.chain([input], further):
+        place = 0  # a layer that runs late comes behind the one that it ran after
+        for name, site in _traced(model, names, batch).items():
+            if name not in found:
+                found[name] = site
+                order.insert(place, name)
+            place = order.index(name) + 1
+        if len(found) == len(names):
+            break
+    order += (name for name in names if name not in found)
+    holders = _holders(model)
+    result, counted = [], set[int]()
+    for name in order:
+        module: Any = model.get_submodule(name)
+        site = found.get(name) or Site(name, names[name], _shape(module), 0, 0.0, 0.0, ())
+        own = [part for part in (module.weight, module.bias) if part is not None]
+        params = sum(part.numel() for part in own if id(part) not in counted)
+        counted |= {id(part) for part in own if isinstance(part, nn.Parameter)}
+        others = (each for part in own for each in holders.get(id(part), ()))
+        tied = next((each for each in others if each not in names[name]), "")
+        told = {"weights": module.weight.numel(), "params": params, "tied": tied}
+        result.append(dataclasses.replace(site, geometry=geometry(module), **told))
+    return result
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return holders
+
+
+def geometry(conv: Any) -> str:
+    """How a convolution's kernel moves, in words; as of a converted one."""
+    keys = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return ", ".join(f"{key}={getattr(conv, key)!r}" for key in keys)
+
+
+def _shape(module: Any) -> Shape | None:
+    return None if isinstance(module, TRANSPOSED) else Shape.of(module)
+
+
+@torch.no_grad()
+def _traced(model: nn.Module, names: dict[str, tuple[str, ...]], input: Tensor) -> dict[str, Site]:
+    """The convolutions that run in one pass, in their order."""
     runs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     plain: dict[str, bool] = {}
 
@@ -73,36 +137,59 @@ def trace(model: nn.Module, input: Tensor | None) -> list[Site]:
 
         return hook
 
-    follow: dict[str, list[Run]] = {}
-    if input is not None:
-        with (
-            hooked((model.get_submodule(name), record(name)) for name in names),
-            followed(model, names, keep=False) as follow,
-        ):
-            model(input)
-    sites = []
-    for name in (*runs, *(name for name in names if name not in runs)):
-        seen = runs.get(name, [])
+    with (
+        hooked((model.get_submodule(name), record(name)) for name in names),
+        followed(model, names, keep=False) as follow,
+    ):
+        model(input.clone())
+    sites = {}
+    for name, seen in runs.items():
         module: Any = model.get_submodule(name)
-        sites.append(
-            Site(
-                name,
-                names[name],
-                None if isinstance(module, TRANSPOSED) else Shape.of(module),
-                len(seen),
-                sum(i.numel() / module.in_channels for i, _ in seen) / _length(input),
-                sum(o.numel() / module.out_channels for _, o in seen) / _length(input),
-                tuple(seen[0][0].shape) if seen else (),
-                module.weight.numel(),
-                plain.get(name, True),
-                follow[name][0].sequel if len(seen) == 1 else NOTHING,
-            )
+        sites[name] = Site(
+            name,
+            names[name],
+            _shape(module),
+            len(seen),
+            sum(i.numel() / module.in_channels for i, _ in seen) / len(input),
+            sum(o.numel() / module.out_channels for _, o in seen) / len(input),
+            tuple(seen[0][0].shape),
+            plain=plain[name],
+            sequel=follow[name][0].sequel if len(seen) == 1 else NOTHING,
         )
     return sites
 
 
-def _length(input: Tensor | None) -> int:
-    return 1 if input is None else len(input)
+def check_reached(
+    model: nn.Module, sites: Sequence[Site], input: Tensor, further: Iterable[Tensor] = ()
+) -> None:
+    """See that a network would run what is put in the place of its layers.
+
+    Args:
+        model: the network; it is left as it is.
+        sites: the layers, as `trace` found them on the same inputs.
+        input: as for `trace`.
+        further: as for `trace`.
+
+    Raises:
+        ValueError: it would go on running one of the layers itself.
+    """
+    twins = copied(model)
+    for site in sites:
+        conv = twins.get_submodule(site.name)
+        twin = conv.__new__(type(conv))  # the same, parameters too, but hooks of its own
+        twin.__dict__.update(vars(conv))
+        twin._forward_hooks, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
+        twin._compiled_call_impl = None
+        twins = replaced(twins, site.names, twin)
+    reached = {site.name: site.calls for site in trace(twins, input, further)}
+    for site in sites:
+        if reached[site.name] < site.calls:
+            raise ValueError(
+                f"layer `{site.name}` is not run by its name: the network keeps it in a list or "
+                "dict of its own, or compiled, and would go on running the dense one; call it by "
+                "its attribute (nn.ModuleList, nn.ModuleDict), compile the network after the "
+                "conversion, or keep the layer dense with `skip`"
+            )
 
 
 @torch.no_grad()
@@ -110,8 +197,8 @@ def _record(model: nn.Module, site: Site, input: Tensor, inputs: bool) -> list[T
     """The inputs or outputs of a site's runs in one pass, which ends with the last of them."""
     seen: list[Tensor] = []
 
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def before(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append((*args, *kwargs.values())[0])
         if len(seen) == site.calls:
             raise Stop
 
@@ -123,11 +210,11 @@ def _record(model: nn.Module, site: Site, input: Tensor, inputs: bool) -> list[T
 
     module = model.get_submodule(site.name)
     if inputs:
-        handle = module.register_forward_pre_hook(before)
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = module.register_forward_hook(after)
     try:
-        model(input)
+        model(input.clone())  # some write into what they are given
     except Stop:
         pass
     finally:
@@ -136,8 +223,8 @@ def _record(model: nn.Module, site: Site, input: Tensor, inputs: bool) -> list[T
 
 
 @torch.no_grad()
-def _beside(model: nn.Module, site: Site, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A site's input, its output, and the branch that is added to it, of one pass."""
+def _beside(model: nn.Module, site: Site, input: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A site's input, its output, and the branch added to it, of one pass where there is one."""
     given: list[Tensor] = []
     made: list[Tensor] = []
 
@@ -149,10 +236,9 @@ def _beside(model: nn.Module, site: Site, input: Tensor) -> tuple[Tensor, Tensor
         hooked([(model.get_submodule(site.name), keep)]),
         followed(model, [site.name], until_sum=True) as runs,
     ):
-        model(input)
-    other = runs[site.name][0].beside
-    assert other is not None
-    return given[0], made[0], other
+        model(input.clone())  # some write into what they are given
+    other = runs[site.name][0].beside if given else None
+    return None if other is None else (given[0], made[0], other)
 
 
 class Seen(NamedTuple):
@@ -204,14 +290,13 @@ class Runs:
     def _run(self, batch: Tensor) -> Iterator[Seen]:
         original, converted = self._networks
         if self.site.sequel.summed:
-            (_, y, old), (u, _, new) = (
-                _beside(model, self.site, batch) for model in (original, converted)
-            )
-            yield Seen(u, y, old, new)
+            wanted, given = (_beside(model, self.site, batch) for model in (original, converted))
+            if wanted is not None and given is not None:  # what runs may depend on the inputs
+                yield Seen(given[0], wanted[1], wanted[2], given[2])
             return
-        wanted = _record(original, self.site, batch, inputs=False)
-        given = _record(converted, self.site, batch, inputs=True)
-        yield from (Seen(u, y) for u, y in zip(given, wanted, strict=True))
+        made = _record(original, self.site, batch, inputs=False)
+        inputs = _record(converted, self.site, batch, inputs=True)
+        yield from (Seen(u, y) for u, y in zip(inputs, made, strict=False))
 
 
 @torch.no_grad()
@@ -268,13 +353,23 @@ def survey(
 
 
 def checked(moments: Moments, site: Site) -> Moments:
-    """The moments, which must be finite."""
-    if not (moments.gram.isfinite().all() and moments.cross.isfinite().all()):
+    """The moments, which must be of some samples, and finite."""
+    if not moments.count:
         raise ValueError(
-            f"the activations at layer `{site.name}` hold NaN or infinity on the `calibration` "
-            "inputs; check the inputs and the weights before it"
+            f"layer `{site.name}` does not run on the `calibration` inputs in the network "
+            "converted so far; keep it dense with `skip` or `plan.edited`"
         )
+    if not (moments.gram.isfinite().all() and moments.cross.isfinite().all()):
+        raise not_finite(site.name)
     return moments
+
+
+def not_finite(name: str) -> ValueError:
+    """The error of a layer that is given what no fit can use."""
+    return ValueError(
+        f"the activations at layer `{name}` hold NaN or infinity on the `calibration` inputs; "
+        "check the inputs and the weights before it"
+    )
 
 
 def replaced(model: nn.Module, names: Iterable[str], module: nn.Module) -> nn.Module:
@@ -287,6 +382,27 @@ def replaced(model: nn.Module, names: Iterable[str], module: nn.Module) -> nn.Mo
     return model
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; what a module computed and keeps is copied without its history.
+
+    Raises:
+        ValueError: the model cannot be copied.
+    """
+    kept = (value for module in model.modules() for value in vars(module).values())
+    memo = {
+        id(value): value.detach().clone()
+        for value in kept
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever it holds may raise
+        raise ValueError(
+            f"`model` cannot be copied: {in_a_line(error)}; take out of it what cannot (locks, "
+            "files, results of a pass), and put it back afterwards"
+        ) from error
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, to run and take apart."""
-    return copy.deepcopy(model).eval()
+    return copied(model).eval()

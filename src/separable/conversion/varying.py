@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calibration import Inputs
 from .moments import summed
@@ -36,9 +36,26 @@ class Varied:
         self.copies = max(1, int(min(most, WORK / max(macs, 1.0)) // count))
         self._inputs, self._seed = inputs, seed
 
+    @torch.no_grad()
+    def taken_by(self, model: nn.Module) -> Varied:
+        """The same, without variations where the network rejects some of them.
+
+        It may read its inputs as indices, check their range, or take their logarithm.
+        """
+        if self.copies > 1 and self._inputs.varied is None:
+            self._inputs.varied = True
+            for place, batch in enumerate(self):
+                if place % self.copies and self._inputs.taken(model, batch) is None:
+                    break
+            rejected = summed(torch.tensor(float(not self._inputs.varied))).item()
+            self._inputs.varied = not rejected
+        if self._inputs.varied is False:
+            self.copies = 1
+        return self
+
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._inputs:
-            yield batch
+            yield batch.clone() if self.copies > 1 else batch  # some networks write into it
             generator = torch.Generator().manual_seed(self._seed)
             for _ in range(self.copies - 1):
                 others = batch[torch.randperm(len(batch), generator=generator)]
@@ -56,7 +73,8 @@ def varied(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     """
 
     def drawn(low: float, high: float) -> Tensor:
-        values = low + (high - low) * torch.rand(len(batch), generator=generator)
+        values = torch.rand(len(batch), generator=generator, dtype=torch.float32)
+        values = low + (high - low) * values
         return values.to(batch).view(-1, *[1] * (batch.dim() - 1))
 
     result = batch
@@ -67,7 +85,7 @@ def varied(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     result = _boxed(result, others.roll(1, 0), generator)
     mean = result.flatten(1).mean(1).view(-1, *[1] * (batch.dim() - 1))
     result = mean + (result - mean) * drawn(1 - CONTRAST, 1 + CONTRAST)
-    noise = torch.randn(batch.shape, generator=generator).to(batch)
+    noise = torch.randn(batch.shape, generator=generator, dtype=torch.float32).to(batch)
     return result + batch.std(correction=0) * drawn(0, NOISE) * noise
 
 
@@ -75,8 +93,9 @@ def _boxed(batch: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     """Put a box of another input over each, of any size and place."""
     inside = torch.ones(len(batch), *[1] * (batch.dim() - 1), dtype=torch.bool)
     for dim in range(2, batch.dim()):
-        ends = torch.rand(2, len(batch), *[1] * (batch.dim() - 1), generator=generator)
-        places = torch.arange(batch.shape[dim]).add(0.5).div(batch.shape[dim])
+        size = (2, len(batch), *[1] * (batch.dim() - 1))
+        ends = torch.rand(size, generator=generator, dtype=torch.float32)
+        places = torch.arange(batch.shape[dim], dtype=torch.float32).add(0.5).div(batch.shape[dim])
         places = places.view(-1, *[1] * (batch.dim() - 1 - dim))
         inside = inside & (ends.amin(0) <= places) & (places < ends.amax(0))
     return torch.where(inside.to(batch.device), others, batch) if batch.dim() > 2 else batch
