@@ -47,6 +47,14 @@ FORMS = (
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
+@click.option(
+    "--outputs",
+    type=click.Choice(("auto", "logits", "values")),
+    default="auto",
+    show_default=True,
+    help="What the network returns: scores of classes, or values as of a regression. auto takes "
+    "all [N, k] for scores.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
 @output_format
 def convert(
@@ -61,6 +69,7 @@ def convert(
     input_size: tuple[int, ...],
     skip: tuple[str, ...],
     forms: tuple[str, ...],
+    outputs: str,
     seed: int,
     style: Any,
 ) -> str:
@@ -92,6 +101,7 @@ def convert(
             skip=skip,
             seed=seed,
             example=torch.zeros(1, *input_size[1:]),
+            outputs=outputs,  # type: ignore[arg-type]
             progress=not bar.disable,
             **options,  # type: ignore[arg-type]
         )

@@ -284,9 +284,7 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
         if row.name not in known:
             raise ValueError(f"`plan` has the layer `{row.name}`, which `model` has not")
         conv: Any = model.get_submodule(row.name)
-        if row.form is None:
-            continue
-        if isinstance(conv, TRANSPOSED) or Shape.of(conv) != row.shape:
+        if row.shape and (isinstance(conv, TRANSPOSED) or Shape.of(conv) != row.shape):
             raise ValueError(
                 f"`plan` was made for another shape of layer `{row.name}`: {row.shape}, "
                 f"not that of {conv}"
@@ -296,7 +294,7 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
                 f"`plan` was made for another layer `{row.name}`: with {row.geometry}, not "
                 f"{geometry(conv)}"
             )
-        if reason := attached(conv):
+        if row.form and (reason := attached(conv)):
             raise ValueError(
                 f"layer `{row.name}` cannot change, as {reason}: keep it dense with `plan.edited`"
             )

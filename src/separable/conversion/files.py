@@ -113,18 +113,18 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
     result = copied(model)
     names = convolutions(result)
     for row in report.plan.rows:
+        conv: Any = result.get_submodule(row.name) if row.name in names else None
+        if row.geometry and conv is not None and row.geometry != geometry(conv):
+            raise ValueError(
+                f"`path` (={os.fspath(path)!r}) holds another network than `model`: its layer "
+                f"`{row.name}` has {row.geometry}, not {geometry(conv)}"
+            )
         if row.form is None:
             continue
-        conv: Any = result.get_submodule(row.name) if row.name in names else None
         if not isinstance(conv, CONVS) or Shape.of(conv) != row.shape:
             raise ValueError(
                 f"`path` (={os.fspath(path)!r}) holds another network than `model`: its layer "
                 f"`{row.name}` has the shape {row.shape}"
-            )
-        if row.geometry and row.geometry != geometry(conv):
-            raise ValueError(
-                f"`path` (={os.fspath(path)!r}) holds another network than `model`: its layer "
-                f"`{row.name}` has {row.geometry}, not {geometry(conv)}"
             )
         factors = random_factors(row.form, row.shape, row.rank)
         child = "spatial" if factors.last is None else "last"

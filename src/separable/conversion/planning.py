@@ -28,6 +28,8 @@ TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
 HOPE = 10.0
 """how many times the limit an error may be for the last pass to be tried against it"""
+STAYING = 4
+"""layers that stay dense which an error names"""
 RANK_STEPS = 8
 """ranks per form and layer that are timed"""
 
@@ -241,13 +243,17 @@ class _Task(NamedTuple):
                 min(price(name, option) for option in group)
                 for name, group in self.found.options.items()
             )
-            raise _unmet(self.goal, f"{by}={math.ceil(1e4 * least / whole) / 1e4:g}")
+            nearest = f"{by}={math.ceil(1e4 * least / whole) / 1e4:g}"
+            raise _unmet(self.goal, nearest, self.found.reasons)
         return self.plan(picked)
 
 
-def _unmet(goal: Budget, nearest: str) -> ValueError:
+def _unmet(goal: Budget, nearest: str, reasons: Mapping[str, str]) -> ValueError:
+    stay = ", ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:STAYING])
+    more = ", ..." if len(reasons) > STAYING else ""
     return ValueError(
         f"`budget` (='{goal}') cannot be met; the nearest one that can be is '{nearest}'"
+        + (f", as some layers stay dense ({stay}{more})" if stay else "")
     )
 
 
@@ -324,7 +330,8 @@ def _for_latency(task: _Task, survey: Survey) -> Plan:
                 break
         limit *= 0.97 * task.goal.limit / reached
     if best is None:
-        raise _unmet(task.goal, f"latency={math.ceil(100 * nearest) / 100:g}")
+        nearest_one = f"latency={math.ceil(100 * nearest) / 100:g}"
+        raise _unmet(task.goal, nearest_one, task.found.reasons)
     return best
 
 

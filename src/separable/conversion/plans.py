@@ -109,6 +109,8 @@ class Row:
             _check_kind(f"`positions`{where}", number, float)
         for size in self.shape or ():
             _check_kind(f"`shape`{where}", size, int)
+        if self.shape is not None and min(self.shape) < 1:
+            raise ValueError(f"`shape` (={self.shape}){where} must be positive")
         if self.form is None:
             return
         if self.shape is None:

@@ -88,6 +88,8 @@ def fisher(
                     continue
                 pairs = [(name, output) for name, seen in made.items() for output in seen]
                 pairs = [(name, output) for name, output in pairs if output.requires_grad]
+                if not pairs:
+                    continue  # none of the layers runs on these inputs
                 slopes = torch.autograd.grad(value, [out for _, out in pairs], allow_unused=True)
                 for (name, _), slope in zip(pairs, slopes, strict=True):
                     if slope is not None:
