@@ -15,7 +15,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from .calibration import Inputs
-from .checking import check_model
+from .checking import check_model, check_reached
 from .fitting import bias_of, fit, targets
 from .forms import TRANSPOSED, Conv, Factors, SeparatedConv, Shape, attached, grouped, separated
 from .moments import Moments
@@ -25,7 +25,6 @@ from .sensitivity import Outputs, divergence, fisher
 from .sites import (
     Runs,
     Site,
-    check_reached,
     collect,
     convolutions,
     copied,

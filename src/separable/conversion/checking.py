@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .forms import FORMS, Form
-from .sites import Site
+from .sites import Site, copied, replaced, trace
 
 
 def check_model(model: Any, report: type) -> None:
@@ -124,3 +125,36 @@ def check_example(model: nn.Module, example: Any, used: bool) -> None:
         raise ValueError(
             f"`example`: the model rejects a batch of shape {tuple(example.shape)}: {error}"
         ) from error
+
+
+def check_reached(
+    model: nn.Module, sites: Sequence[Site], input: Tensor, further: Iterable[Tensor] = ()
+) -> None:
+    """See that a network would run what is put in the place of its layers.
+
+    Args:
+        model: the network; it is left as it is.
+        sites: the layers, as `trace` found them on the same inputs.
+        input: as for `trace`.
+        further: as for `trace`.
+
+    Raises:
+        ValueError: it would go on running one of the layers itself.
+    """
+    twins = copied(model)
+    for site in sites:
+        conv = twins.get_submodule(site.name)
+        twin = conv.__new__(type(conv))  # the same, parameters too, but hooks of its own
+        twin.__dict__.update(vars(conv))
+        twin._forward_hooks, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
+        twin._compiled_call_impl = None
+        twins = replaced(twins, site.names, twin)
+    reached = {site.name: site.calls for site in trace(twins, input, further)}
+    for site in sites:
+        if reached[site.name] < site.calls:
+            raise ValueError(
+                f"layer `{site.name}` is not run by its name: the network keeps it in a list or "
+                "dict of its own, or compiled, and would go on running the dense one; call it by "
+                "its attribute (nn.ModuleList, nn.ModuleDict), compile the network after the "
+                "conversion, or keep the layer dense with `skip`"
+            )

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibration import Inputs
-from .checking import check_fit
+from .checking import check_fit, check_reached
 from .fitting import Target, curve, fit, targets
 from .forms import Form, SeparatedConv, attached, exact_rank, grouped, weights_per_position
 from .plans import NothingToConvert, Row
 from .sensitivity import Outputs, fisher
-from .sites import Site, check_reached, survey, trace
+from .sites import Site, survey, trace
 
 SURVEY_BYTES = 1.5e9
 """memory for the moments of the layers that are surveyed in one pass"""

@@ -20,7 +20,7 @@ from .calibration import Inputs
 from .checking import check_compile, check_example, check_model, checked_forms, checked_skip
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
-from .plans import Budget, NothingToConvert, Plan, check_outputs, check_seed
+from .plans import Budget, NothingToConvert, Plan, check_outputs, check_seed, unmet
 from .sensitivity import Outputs
 from .sites import copied, frozen_copy, replaced, trace
 
@@ -28,8 +28,6 @@ TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
 HOPE = 10.0
 """how many times the limit an error may be for the last pass to be tried against it"""
-STAYING = 4
-"""layers that stay dense which an error names"""
 RANK_STEPS = 8
 """ranks per form and layer that are timed"""
 
@@ -81,7 +79,8 @@ def plan(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: there is nothing to convert, the budget cannot be met, the model rejects the
-            inputs, or weights or activations are not finite.
+            inputs or would not run what takes a layer's place, its outputs cannot be compared, or
+            weights or activations are not finite.
     """
     return survey(
         model,
@@ -244,17 +243,8 @@ class _Task(NamedTuple):
                 for name, group in self.found.options.items()
             )
             nearest = f"{by}={math.ceil(1e4 * least / whole) / 1e4:g}"
-            raise _unmet(self.goal, nearest, self.found.reasons)
+            raise unmet(self.goal, nearest, self.found.reasons)
         return self.plan(picked)
-
-
-def _unmet(goal: Budget, nearest: str, reasons: Mapping[str, str]) -> ValueError:
-    stay = ", ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:STAYING])
-    more = ", ..." if len(reasons) > STAYING else ""
-    return ValueError(
-        f"`budget` (='{goal}') cannot be met; the nearest one that can be is '{nearest}'"
-        + (f", as some layers stay dense ({stay}{more})" if stay else "")
-    )
 
 
 def _for_error(task: _Task, inputs: Inputs) -> Plan:
@@ -331,7 +321,7 @@ def _for_latency(task: _Task, survey: Survey) -> Plan:
         limit *= 0.97 * task.goal.limit / reached
     if best is None:
         nearest_one = f"latency={math.ceil(100 * nearest) / 100:g}"
-        raise _unmet(task.goal, nearest_one, task.found.reasons)
+        raise unmet(task.goal, nearest_one, task.found.reasons)
     return best
 
 

@@ -15,6 +15,8 @@ from .forms import FORMS, Form, Shape, exact_rank, weights_per_position
 from .sensitivity import OUTPUTS, Outputs
 
 Quantity = Literal["macs", "params", "latency", "error"]
+STAYING = 4
+"""layers that stay dense which an error names"""
 
 
 class NothingToConvert(ValueError):
@@ -289,6 +291,16 @@ def _check_kind(what: str, value: Any, kind: type) -> None:
         raise TypeError(f"{given} must be {names[kind]}")
     if isinstance(value, (int, float)) and not 0 <= value < math.inf:
         raise ValueError(f"{given} must be finite and not negative")
+
+
+def unmet(goal: Budget, nearest: str, reasons: Mapping[str, str]) -> ValueError:
+    """The error of a budget, with the nearest that can be met and why layers stay dense."""
+    stay = ", ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:STAYING])
+    more = ", ..." if len(reasons) > STAYING else ""
+    return ValueError(
+        f"`budget` (='{goal}') cannot be met; the nearest one that can be is '{nearest}'"
+        + (f", as some layers stay dense ({stay}{more})" if stay else "")
+    )
 
 
 def check_seed(seed: Any) -> None:

@@ -83,9 +83,9 @@ def refined(
         # squares overflow in it, and Adam's ε is 0
         moved, teacher = moved.float(), copied(original).float()
         shown = [batch.float() if batch.is_floating_point() else batch for batch in kept]
-        with torch.no_grad():
-            if inputs.taken(teacher, shown[0]) is None:
-                return None
+        if not _runs(teacher, shown[0]):
+            inputs.note("the network runs in float16 alone, so there was no last pass")
+            return None
     scales = _variances(teacher, names, shown)
     names = [name for name in names if name in scales]  # the others run on none of them
     if not names:
@@ -119,6 +119,15 @@ def refined(
     fresh = _fresh(original, inputs, kept, generator)
     after, before = (divergence(net, original, fresh, outputs) for net in (result, converted))
     return result if after < before else None
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, batch: Tensor) -> bool:
+    try:
+        model(batch.clone())
+    except Exception:  # it may cast what it is given, or ask for a type
+        return False
+    return True
 
 
 @torch.no_grad()

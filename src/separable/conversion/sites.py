@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -157,39 +156,6 @@ def _traced(model: nn.Module, names: dict[str, tuple[str, ...]], input: Tensor) 
             sequel=follow[name][0].sequel if len(seen) == 1 else NOTHING,
         )
     return sites
-
-
-def check_reached(
-    model: nn.Module, sites: Sequence[Site], input: Tensor, further: Iterable[Tensor] = ()
-) -> None:
-    """See that a network would run what is put in the place of its layers.
-
-    Args:
-        model: the network; it is left as it is.
-        sites: the layers, as `trace` found them on the same inputs.
-        input: as for `trace`.
-        further: as for `trace`.
-
-    Raises:
-        ValueError: it would go on running one of the layers itself.
-    """
-    twins = copied(model)
-    for site in sites:
-        conv = twins.get_submodule(site.name)
-        twin = conv.__new__(type(conv))  # the same, parameters too, but hooks of its own
-        twin.__dict__.update(vars(conv))
-        twin._forward_hooks, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
-        twin._compiled_call_impl = None
-        twins = replaced(twins, site.names, twin)
-    reached = {site.name: site.calls for site in trace(twins, input, further)}
-    for site in sites:
-        if reached[site.name] < site.calls:
-            raise ValueError(
-                f"layer `{site.name}` is not run by its name: the network keeps it in a list or "
-                "dict of its own, or compiled, and would go on running the dense one; call it by "
-                "its attribute (nn.ModuleList, nn.ModuleDict), compile the network after the "
-                "conversion, or keep the layer dense with `skip`"
-            )
 
 
 @torch.no_grad()
