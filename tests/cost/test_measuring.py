@@ -20,7 +20,9 @@ X = torch.arange(12.0).reshape(3, 4)
 
 
 class Clock:
-    """A clock that stands still but for what `Sleep` adds."""
+    """A clock that stands still but for what `Sleep` adds; its slots are no state of a model."""
+
+    __slots__ = ("now", "runs")
 
     def __init__(self):
         self.now = 0.0
@@ -53,6 +55,9 @@ def clock(monkeypatch):
     return clock
 
 
+LOG = SimpleNamespace(modes=[], threads=0)  # outside of the model, whose state is put back
+
+
 class Restless(nn.Module):
     """Writes to its buffers, swaps one, adds one, draws numbers and writes to its input."""
 
@@ -64,17 +69,16 @@ class Restless(nn.Module):
         self.register_buffer("written", torch.zeros(2))
         self.register_buffer("swapped", torch.zeros(2))
         self.register_buffer("empty", None)
-        self.log = SimpleNamespace(modes=[])
         self.fail = False
 
     def train(self, mode=True):
         raise AssertionError("train() folds weights in some models; it must not be called")
 
     def forward(self, x):
-        self.log.modes.append(
+        LOG.modes.append(
             (self.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         )
-        self.log.threads = torch.get_num_threads()
+        LOG.threads = torch.get_num_threads()
         x.add_(torch.rand(()))
         self.written.add_(1)
         self.swapped = self.swapped + 1
@@ -85,6 +89,7 @@ class Restless(nn.Module):
 
 
 def restless():
+    LOG.modes.clear()
     model = Restless()
     model.norm.training = False
     model.linear.register_forward_hook(lambda module, args, output: None)
@@ -119,7 +124,7 @@ def test_model_inputs_and_torch_are_left_as_they_were(fail, per_layer):
         measure(model, x, **QUICK, per_layer=per_layer)
     assert state(model) == before
     assert torch.equal(x, X)
-    assert set(model.log.modes) == {(False, False, False)}
+    assert set(LOG.modes) == {(False, False, False)}
 
 
 def test_hooks_are_removed_where_a_pass_with_them_raises():
@@ -138,7 +143,7 @@ def test_hooks_are_removed_where_a_pass_with_them_raises():
 def test_threads():
     model, present = restless(), torch.get_num_threads()
     assert measure(model, X, **QUICK, threads=present + 1).threads == present + 1
-    assert model.log.threads == present + 1
+    assert LOG.threads == present + 1
     assert torch.get_num_threads() == present
     assert measure(model, X, **QUICK).threads == present
 

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 from .account import Account, Cost, Row
+from .escaping import Escaped, References, forget
 from .inputs import DTypes, Inputs, Sizes, make_inputs, model_device
-from .preserving import held_tensors, plain_operators, train_flags, untouched
+from .preserving import plain_operators, train_flags, untouched
 from .walk import Unbatched, Walk, tensors_in
 
 
@@ -37,7 +38,9 @@ def count(
     and no memory is needed; where its control flow asks for values it runs once on real ones.
     Operators are counted where they are executed, so functional calls, `.forward`, subclasses,
     parametrised, shared and compiled modules all count. The model, the random state and torch's
-    switches are as before afterwards, also when the model raises.
+    switches are as before afterwards, also when the model raises. Caches outside of its modules
+    (global ones, `functools.lru_cache`) lose what they took from the run. One thread counts at a
+    time.
 
     Args:
         model: any `nn.Module`, on the CPU, a CUDA device or the meta device; of a compiled or
@@ -64,6 +67,8 @@ def count(
         TypeError: `model` is not an `nn.Module` that runs in Python, or the inputs are missing.
         ValueError: `input_size` lacks the batch, or the model has parameters without a shape.
         NotImplementedError: `strict`, and an operator has no formula.
+        RuntimeError: the model keeps tensors of the run outside of its modules, in something that
+            can't be emptied.
         Exception: what the model itself raises on these inputs.
     """
     model = unwrap(model)
@@ -145,12 +150,14 @@ def _count_operators(
     *,
     from_size: bool,
 ) -> Walk:
+    made: References = []
+
     def run(fake: FakeTensorMode | None) -> Walk:
-        walk = Walk(model, fake, reject_unbatched=from_size)
+        walk = Walk(model, fake, made, reject_unbatched=from_size)
         with ExitStack() as stack:
-            stack.enter_context(untouched(model, held_tensors(model) if fake is None else ()))
-            stack.enter_context(train_flags(model, training))
             stack.enter_context(plain_operators())
+            stack.enter_context(untouched(model, written=lambda tensor: fake is None))
+            stack.enter_context(train_flags(model, training))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(backward))
             if fake is not None:
@@ -168,14 +175,16 @@ def _count_operators(
         if any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers())):
             return run(None)
         try:
-            return run(FakeTensorMode(allow_non_fake_inputs=True))
+            walk = run(FakeTensorMode(allow_non_fake_inputs=True))
         except Unbatched:
             raise
         except Exception:
             # control flow on values, a missing shape rule, or an error of the model: run and see
-            return run(None)
+            walk = None
+        forget(made)  # after the exception, whose frames hold tensors
+        return walk or run(None)
     except Exception as error:
-        if not isinstance(error, Unbatched):
+        if not isinstance(error, (Unbatched, Escaped)):
             error.add_note(f"raised by the model while counted on inputs of shape {shapes}")
         raise
 

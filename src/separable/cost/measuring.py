@@ -26,7 +26,7 @@ from ..limits import check_threads
 from ..progress import progress, timed
 from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
-from .preserving import held_tensors, train_flags, untouched
+from .preserving import train_flags, untouched
 
 
 def measure(
@@ -134,8 +134,9 @@ def measure_interleaved(
     with ExitStack() as stack:
         for module in modules:
             # a forward in eval mode may write to buffers, hardly to parameters
-            held = (each for each in held_tensors(module) if not isinstance(each, nn.Parameter))
-            stack.enter_context(untouched(module, held))
+            stack.enter_context(
+                untouched(module, written=lambda tensor: not isinstance(tensor, nn.Parameter))
+            )
             stack.enter_context(train_flags(module, False))
         # inference_mode would leave inference tensors in the caches that models keep, which a
         # later backward pass refuses, and makes torch.compile compile anew

@@ -4,52 +4,107 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+
+_SWITCHES = threading.RLock()
+
+OBJECTS_DEEP = 2  # a cache and its layers, not a trainer's whole data
+
+
+class Held(NamedTuple):
+    """A tensor of a model, and what it was.
+
+    Attributes:
+        tensor: the tensor.
+        data: another tensor at the same memory, which stays there if `tensor.data` is assigned.
+        copy: its values, where the run may write to them.
+    """
+
+    tensor: Tensor
+    data: Tensor
+    copy: Tensor | None
 
 
 @contextmanager
-def untouched(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Put back every module's attributes, and the random state, whatever the block does.
+def untouched(
+    model: nn.Module, written: Callable[[Tensor], bool] = lambda tensor: False
+) -> Iterator[None]:
+    """Put back what a model holds, and the random state, whatever the block does.
+
+    The attributes of modules are put back, and all below them: containers, and objects in them up
+    to `OBJECTS_DEEP` in one another.
 
     Args:
         model: the model that runs in the block.
-        values: tensors that the block may write to; copies of them are put back.
+        written: whether the block may write to a tensor of the model; a copy of it is put back.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    containers = [
-        (value, value.copy())
-        for _, kept in attributes
-        for value in kept.values()
-        if isinstance(value, (dict, list, set))
+    containers, tensors = _state(model)
+    copies = [(container, _contents(container)) for container in containers]
+    held = [
+        Held(tensor, tensor.detach(), tensor.detach().clone() if written(tensor) else None)
+        for tensor in tensors
+        if tensor.device.type != "meta"
     ]
-    copies = [(tensor, tensor.detach().clone()) for tensor in values]
     try:
         with _random_state():
             yield
     finally:
-        for container, contents in (*attributes, *containers):
+        for container, contents in copies:
             _refill(container, contents)
         with torch.no_grad():
-            for tensor, copy in copies:
-                if not torch.equal(tensor, copy):
-                    tensor.copy_(copy)
+            for each in held:
+                _put_back(each)
 
 
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers and tensor attributes of a model, each once, none of them on meta."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        held += [value for value in vars(module).values() if isinstance(value, Tensor)]
-        found.update((id(tensor), tensor) for tensor in held)
-    return [tensor for tensor in found.values() if tensor.device.type != "meta"]
+def _state(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
+    """Containers (a module's or object's attributes are one) and tensors below a model."""
+    containers: list[Any] = []
+    tensors: list[Tensor] = []
+    seen: dict[int, Any] = {}  # holds what it has seen, so that no other gets its id
+    pending: deque[tuple[Any, int]] = deque((module, 0) for module in model.modules())
+    while pending:
+        value, depth = pending.popleft()
+        if id(value) in seen or isinstance(value, (type, ModuleType, FunctionType)):
+            continue
+        if isinstance(value, Tensor):
+            seen[id(value)] = value
+            if not is_lazy(value):
+                tensors.append(value)
+        elif (parts := _parts(value)) is not None:
+            seen[id(value)] = value
+            if isinstance(value, (dict, list, set, deque)):
+                containers.append(value)
+            pending.extendleft((part, depth) for part in parts)
+        elif hasattr(value, "__dict__") and (
+            isinstance(value, nn.Module) or (depth := depth + 1) <= OBJECTS_DEEP
+        ):
+            seen[id(value)] = value
+            pending.append((vars(value), depth))
+    return containers, tensors
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    """What a container holds, None for other values."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    return None
+
+
+def _contents(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
 
 
 def _refill(container: Any, contents: Any) -> None:
@@ -62,11 +117,24 @@ def _refill(container: Any, contents: Any) -> None:
         unchanged = list(map(id, container)) == list(map(id, contents))
     if unchanged:
         return
-    if isinstance(container, list):
-        container[:] = contents
-    else:
-        container.clear()
-        container.update(contents)
+    container.clear()
+    getattr(container, "extend" if isinstance(container, (list, deque)) else "update")(contents)
+
+
+def _put_back(held: Held) -> None:
+    tensor, data, copy = held
+    if _place(tensor) != _place(data):
+        tensor.data = data
+    if copy is not None and not torch.equal(tensor, copy):
+        tensor.copy_(copy)
+
+
+def _place(tensor: Tensor) -> Any:
+    """What tells whether two tensors show the same memory in the same way."""
+    if tensor.layout != torch.strided:
+        return tensor.device, tensor.layout, tensor.shape
+    storage = tensor.untyped_storage()._cdata
+    return tensor.device, tensor.dtype, tensor.shape, tensor.stride(), storage
 
 
 @contextmanager
@@ -104,8 +172,14 @@ def plain_operators() -> Iterator[None]:
     """Keep torch from replacing operators by fused ones, which differ between devices.
 
     Attention and recurrent layers then run as matrix products and pointwise operators on every
-    device, and compiled functions run as they were written.
+    device, and compiled functions run as they were written. The switches are the process's, so
+    that other threads wait for the block to end.
     """
+    with _SWITCHES:
+        yield from _plain_operators()
+
+
+def _plain_operators() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn = torch._C._get_mkldnn_enabled()
     cudnn = torch._C._get_cudnn_enabled()

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..progress import progress
 from .account import Cost
+from .escaping import References
 from .formulas import FIRST_RESULT_ONLY, VIEWS
 from .inputs import Inputs
 from .operation import Formula, Margins, Operation, find_formula, operator_name
@@ -47,7 +48,12 @@ class Walk(TorchDispatchMode):
     supports_higher_order_operators = True  # such as `torch.cond`: named as unknown
 
     def __init__(
-        self, model: nn.Module, fake: FakeTensorMode | None, *, reject_unbatched: bool
+        self,
+        model: nn.Module,
+        fake: FakeTensorMode | None,
+        made: References,
+        *,
+        reject_unbatched: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
@@ -65,6 +71,7 @@ class Walk(TorchDispatchMode):
         self.boxes: weakref.WeakSet[Box] = weakref.WeakSet()
         self.thread = threading.get_ident()
         self.margins: dict[int, tuple[tuple[int, ...], Margins]] = {}
+        self.made = made
 
     def run(self, inputs: Inputs) -> None:
         """Run the model on inputs, its forward included, and record."""
@@ -72,7 +79,9 @@ class Walk(TorchDispatchMode):
         self.input_shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         for tensor in tensors:
             self.activations.make(tensor)
+        self._note(tensors)
         with ExitStack() as stack:
+            stack.callback(self.activations.forget_tensors)
             stack.enter_context(self._follow_modules())
             if torch.is_grad_enabled():  # transforms of torch.func refuse these hooks
                 stack.enter_context(saved_tensors_hooks(self._save, lambda box: box.tensor))
@@ -150,7 +159,9 @@ class Walk(TorchDispatchMode):
         if self.fake is not None:
             args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
         if _is_view(func):  # costs nothing, and shows a storage that is known already
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._note(tensors_in(result))
+            return result
         formula = find_formula(func)
         if formula is None and hasattr(func, "decompose"):
             # an operator that is defined by others; outside of inference mode torch expands it
@@ -159,8 +170,14 @@ class Walk(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
+        self._note(tensors_in(result))
         self._record(name, func, formula, args, kwargs, result)
         return result
+
+    def _note(self, tensors: tuple[Tensor, ...]) -> None:
+        """Remember fake tensors, which some cache may keep beyond the run."""
+        if self.fake is not None:
+            self.made += map(weakref.ref, tensors)
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
         # the fake mode makes a new one at each use, and writes to real scalars; made here once, a
@@ -274,6 +291,10 @@ class Activations:
         for tensor in outputs:
             if self.key(tensor) in self.size:
                 self._last[self.key(tensor)] = self._steps
+
+    def forget_tensors(self) -> None:
+        """Let go of the tensors without a storage; no key is asked for after the run."""
+        self._references.clear()
 
     def peak(self) -> int:
         """The largest sum of sizes alive at one operator."""
