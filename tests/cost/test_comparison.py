@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import separable
 from separable.cost import Measurement
@@ -67,6 +69,59 @@ def test_zeros_have_a_ratio() -> None:
     same = separable.compare(nn.ReLU(), nn.ReLU(), input_size=SIZE, latency=False)
     assert same.ratio["macs"] == 1
     assert "+0.00%" in str(same)
+
+
+def test_no_multiply_adds_are_no_promise() -> None:
+    pools = nn.AvgPool2d(1), nn.Conv2d(3, 3, 1)
+    for pair in (pools, pools[::-1]):
+        counted = separable.compare(*pair, input_size=SIZE, latency=False)
+        times = measurement(3.0), measurement(2.0)
+        comparison = separable.Comparison(counted.regular, counted.separable, times)
+        assert comparison.promise_kept is None
+        assert json.loads(comparison.to_string("json"))["promise_kept"] is None
+        assert "No MACs in one of the networks, so no promise; measured speed-up 1.5" in str(
+            comparison
+        )
+        assert "infx" not in str(comparison)
+
+
+def test_lower_bounds_have_no_exact_ratio() -> None:
+    """Each side whose operators have no formula is named, and bounds the ratio from its side."""
+    known, unknown = nn.Conv2d(3, 3, 3), nn.Sequential(nn.Conv2d(3, 3, 3), Inverse())
+
+    def row(*pair: nn.Module) -> tuple[str, list[str]]:
+        text = str(separable.compare(*pair, input_size=(1, 3, 6, 6), latency=False))
+        line = next(line for line in text.splitlines() if line.startswith("| flops"))
+        return text, [cell.strip() for cell in line.split("|")[4:6]]
+
+    text, cells = row(known, unknown)
+    assert cells[0].startswith("<= ")
+    assert cells[1].startswith(">= ")
+    assert "no formula for linalg_inv_ex of the separable network" in text
+    text, cells = row(unknown, known)
+    assert cells[0].startswith(">= ")
+    assert cells[1].startswith("<= ")
+    assert "no formula for linalg_inv_ex of the regular network" in text
+    assert row(unknown, unknown)[1] == ["unknown", "unknown"]
+
+
+class Inverse(nn.Module):
+    """An operator without a formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x)
+
+
+class Scores(nn.Linear):
+    """Returns an object."""
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(scores=super().forward(x))
+
+
+def test_outputs_in_plain_objects_are_compared() -> None:
+    with pytest.raises(ValueError, match=r"must map the same inputs to the same output shapes"):
+        separable.compare(Scores(4, 3), Scores(4, 9), (2, 4), latency=False)
 
 
 def test_errors() -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +243,46 @@ def test_zero_padding_by_hand_is_seen_as_padding() -> None:
     assert reflected.macs_without_padding == inside.macs
 
 
+class Padded(nn.Module):
+    """Pads in its own way, then convolves."""
+
+    def __init__(self, pad: Any, **conv: Any) -> None:
+        super().__init__()
+        self.pad = pad
+        self.conv = nn.Conv2d(1, 1, **{"kernel_size": 3, "bias": False, **conv})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pad(x))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    "model",
+    [
+        Padded(lambda x: F.pad(F.pad(x, (1, 1, 1, 1)), (2, 0, 1, 3))),
+        Padded(lambda x: F.pad(F.pad(x, (2, 2, 2, 2)), (-1, -3, 0, 1))),
+        Padded(lambda x: F.pad(F.pad(x, (1, 1)), (0, 0, 1, 1)), stride=2),
+        Padded(nn.ZeroPad2d(1), kernel_size=2, padding="same"),
+        Padded(lambda x: F.pad(x, (2, 2, 0, 0)).transpose(2, 3)),
+    ],
+    ids=["twice", "cropped", "by dimension", "same", "transposed"],
+)
+def test_paddings_compose(model: Padded) -> None:
+    x = torch.ones(1, 1, 8, 8)
+    account = separable.count(model, inputs=x)
+    nn.init.ones_(model.conv.weight)
+    valid = int(model(x).sum())
+    if model.pad(x).shape[2:] == (12, 8):  # what is seen in another way isn't followed
+        assert account.macs_without_padding == account.macs > valid
+    else:
+        assert account.macs_without_padding == valid
+
+
+def test_padding_that_is_written_over_is_none() -> None:
+    account = separable.count(Padded(lambda x: F.pad(x, (1, 1, 1, 1)).add_(1)), (1, 1, 8, 8))
+    assert account.macs_without_padding == account.macs == 64 * 9
+
+
 PRODUCTS = {
     "matmul": (lambda a, b: a @ b, [(5, 3), (3, 7)], 5 * 3 * 7),
     "batched": (torch.matmul, [(2, 4, 5, 3), (4, 3, 7)], 2 * 4 * 5 * 3 * 7),
@@ -450,10 +491,49 @@ def test_gradients_inside_of_a_forward_are_counted_without_a_backward_pass() -> 
     assert account.macs == 8 * 64 * 27
 
 
-def test_a_formula_can_be_added() -> None:
+def test_transforms_that_refuse_hooks_are_counted_as_a_lower_bound() -> None:
+    def gradient(conv: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.vjp(conv, x)[0]
+
+    account = separable.count(Wrapped(gradient), (1, 3, 8, 8))
+    assert (account.macs, account.backward_macs) == (8 * 64 * 27, 8 * 64 * 27)
+    assert account.unknown == ("tensors saved beside torch.func",)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    for layout in (torch.strided, torch.jagged):
+        rows = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+        with pytest.raises(TypeError, match=r"nested tensor.*to_padded_tensor"):
+            separable.count(nn.Linear(4, 4), inputs=rows)
+
+
+def test_outputs_in_plain_objects_have_shapes() -> None:
+    class Scores(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return [SimpleNamespace(scores=super().forward(x), inner=SimpleNamespace(x=x))]
+
+    account = separable.count(Scores(4, 5), (2, 4))
+    assert account.output_shapes == ((2, 5), (2, 4))
+    assert account.rows[0].output_shape == (2, 5)
+
+
+def test_a_formula_must_return_a_cost() -> None:
+    from separable.cost import formula, operation
+
+    formula("_linalg_svd")(lambda op: 3)
+    try:
+        with pytest.raises(TypeError, match="formula of _linalg_svd returned a int"):
+            separable.count(Function(torch.linalg.svdvals), (2, 5, 5))
+    finally:
+        del operation._FORMULAS["_linalg_svd"]
+
+
+@pytest.mark.parametrize("name", ["_linalg_svd", "aten::_linalg_svd"])
+def test_a_formula_can_be_added(name: str) -> None:
     from separable.cost import Cost, formula, operation
 
-    @formula("_linalg_svd")
+    @formula(name)
     def svd(op: Any) -> Cost:
         return Cost(elementwise=op["A"].numel())
 

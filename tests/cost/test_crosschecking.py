@@ -315,3 +315,22 @@ def test_errors_are_those_of_count():
         crosscheck(nn.ReLU())
     with pytest.raises(TypeError, match=r"`model` \(a str\) must be an nn.Module"):
         crosscheck("resnet18", (1, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_a_hook_computes(norm):
+    """Such an attribute is no leaf of autograd's graph, which deepcopy refuses."""
+    model = nn.Sequential(norm(nn.Linear(4, 5)), nn.ReLU())
+    check = crosscheck(model, (2, 4))
+    assert check.account.macs >= 2 * 4 * 5
+    assert all(opinion.error is None for opinion in check.opinions)
+
+
+def test_without_a_tensor_there_is_nothing_to_ask():
+    class Made(nn.Linear):
+        def forward(self, number):
+            return super().forward(torch.ones(number, 4))
+
+    with pytest.raises(TypeError, match="`inputs` has no tensor, which the other counters need"):
+        crosscheck(Made(4, 5), inputs=(3,))

@@ -225,3 +225,10 @@ def test_timm_weights_need_timms_architecture(timm):
         load_timm_state_dict(mobilenet_v1(), state_dict)
     with pytest.raises(ValueError, match="has regular convolutions"):
         load_timm_state_dict(mobilenet_v1("regular", activation="relu6"), state_dict)
+
+
+def test_convolutions_are_of_torchs_own_class():
+    """Tools that look up the exact type, as thop and eager quantisation do, then know them."""
+    convolutions = [each for each in mobilenet_v1().modules() if isinstance(each, nn.Conv2d)]
+    assert len(convolutions) == 1 + 2 * 13
+    assert {type(each) for each in convolutions} == {nn.Conv2d}

@@ -546,3 +546,12 @@ def test_meta_layer_is_materialised_by_torch():
     layer = nn.utils.skip_init(SeparableConv2d, 3, 8, 3)
     layer.reset_parameters()
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.parametrize("dims", SEPARABLE)
+@orders
+def test_torchscript(order, dims):
+    layer = SEPARABLE[dims](3, 4, 3, padding="same", order=order)
+    x = random_input(dims, 3, torch.float32)
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))

@@ -250,6 +250,23 @@ def test_errors(options, words):
         separable.report(network(), SIZE, **{**QUICK, "calibration": images(), **options})
 
 
+def test_other_networks_have_the_outputs_of_the_first():
+    fewer = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for arguments, name in (
+        ({"converted": fewer}, "`converted`"),
+        ({"converted": network(), "beside": {"thin": fewer}}, r"`beside\['thin'\]`"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} \(output shapes \(\(1, 2\),\)\) must map"):
+            separable.report(network(), (1, 3, 12, 12), **QUICK, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
+def test_weights_that_a_hook_computes():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())
+    found = separable.report(model, (1, 3, 8, 8), **{**QUICK, "repeats": 1})
+    assert found.regular.account.macs == 4 * 36 * 27
+
+
 def test_labels_need_a_classifier():
     model = nn.Conv2d(3, 4, 3)
     data = [(images(4), torch.zeros(4, dtype=torch.long))]

@@ -194,7 +194,7 @@ class Account(Cost):
         if not self.unknown:
             return []
         names = ", ".join(self.unknown)
-        return [f"Lower bound (>=): no formula for {names}; add one with separable.cost.formula."]
+        return [f"Lower bound (>=): no formula for {names}; separable.cost.formula adds one."]
 
     def __str__(self) -> str:
         return self.to_string()

@@ -81,9 +81,9 @@ class Comparison:
     def promise_kept(self) -> float | None:
         """Share of the promised saving that arrives: measured speed-up / MAC ratio.
 
-        None where nothing was measured.
+        None where nothing was measured, or one of the networks has no MACs.
         """
-        if self.measured is None:
+        if self.measured is None or not (self.regular.macs and self.separable.macs):
             return None
         return self.ratio["latency"] / self.ratio["macs"]
 
@@ -120,24 +120,14 @@ class Comparison:
         table = PrettyTable(["Metric", "Regular", "Separable", "Ratio", "Change", "Convention"])
         table.align = "r"
         table.align["Metric"] = table.align["Convention"] = "l"
-        bounds = [
-            ">= " if account.is_lower_bound else "" for account in (self.regular, self.separable)
-        ]
-        ratios = self.ratio
-        for name, both in self.figures.items():
-            prefix = bounds if name in COUNTED and name != "params" else ["", ""]
-            table.add_row(
-                [
-                    name,
-                    *(
-                        mark + _figure(name, value)
-                        for mark, value in zip(prefix, both, strict=True)
-                    ),
-                    f"{ratios[name]:.2f}x",
-                    f"{1 / ratios[name] - 1:+.2%}" if ratios[name] else "",
-                    _convention(name),
-                ]
-            )
+        lower = [account.is_lower_bound for account in (self.regular, self.separable)]
+        for name, ratio in self.ratio.items():
+            bounds = lower if name in COUNTED and name != "params" else [False, False]
+            figures = [
+                ">= " * bound + _figure(name, value)
+                for bound, value in zip(bounds, self.figures[name], strict=True)
+            ]
+            table.add_row([name, *figures, *_changes(ratio, *bounds), _convention(name)])
         return "\n\n".join([draw(table, format), *self._remarks()])
 
     def _plain_table(self) -> PrettyTable:
@@ -148,17 +138,31 @@ class Comparison:
         return table
 
     def _remarks(self) -> list[str]:
+        remarks = [
+            f"Lower bound (>=): no formula for {', '.join(account.unknown)} of the {name} network; "
+            "separable.cost.formula adds one."
+            for name, account in (("regular", self.regular), ("separable", self.separable))
+            if account.unknown
+        ]
         if self.measured is None:
-            return []
+            return remarks
         one, other = self.measured
         speed_up = one.ratio_to(other)
         versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
+        measured = (
+            f"measured speed-up {speed_up.median:.2f}x (quartiles {speed_up.low:.2f} to "
+            f"{speed_up.high:.2f}, {len(one.times)} repeats)"
+        )
+        if self.promise_kept is None:
+            promise = f"No MACs in one of the networks, so no promise; {measured}."
+        else:
+            promise = (
+                f"Share of the promise: {self.promise_kept:.0%}, {measured} of "
+                f"{self.ratio['macs']:.2f}x fewer MACs."
+            )
         return [
-            f"Share of the promise: {self.promise_kept:.0%}, measured speed-up "
-            f"{speed_up.median:.2f}x (quartiles {speed_up.low:.2f} to "
-            f"{speed_up.high:.2f}, {len(one.times)} repeats) of "
-            f"{self.ratio['macs']:.2f}x fewer MACs.\n"
-            f"{one.device}, {one.threads} threads, {one.dtype}, {versions}."
+            *remarks,
+            f"{promise}\n{one.device}, {one.threads} threads, {one.dtype}, {versions}.",
         ]
 
     def __str__(self) -> str:
@@ -236,6 +240,16 @@ def _ratio(regular: float, separable: float) -> float:
     if separable:
         return regular / separable
     return math.inf if regular else 1.0
+
+
+def _changes(ratio: float, regular_bound: bool, separable_bound: bool) -> tuple[str, str]:
+    """Ratio and relative change as shown, where a figure may be a lower bound."""
+    if regular_bound and separable_bound:
+        return "unknown", "unknown"
+    mark, change = ">= " * regular_bound + "<= " * separable_bound, ""
+    if ratio:
+        change = "<= " * regular_bound + ">= " * separable_bound + f"{1 / ratio - 1:+.2%}"
+    return mark + (f"{ratio:.2f}x" if math.isfinite(ratio) else "∞"), change
 
 
 def _figure(name: str, value: float) -> str:

@@ -79,6 +79,7 @@ def count(
             model, input_size, inputs=inputs, kwargs=kwargs, dtypes=dtypes, device=place
         )
 
+    _check_dense(inputs, kwargs)
     walk = _count_operators(model, draw, backward, training, from_size=input_size is not None)
     if strict and walk.unknown:
         raise NotImplementedError(
@@ -135,6 +136,14 @@ def unwrap(model: Any) -> nn.Module:
     return model
 
 
+def _check_dense(*given: Any) -> None:
+    if any(tensor.is_nested for tensor in tensors_in(given)):
+        raise TypeError(
+            "`inputs` has a nested tensor, whose operators have no fixed shapes to count; pad it "
+            "with `to_padded_tensor`, or count each of its tensors"
+        )
+
+
 def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
     # no memory is used anyway, and a model's weights and inputs must share their device
     if device is None or torch.device(device).type == "meta":
@@ -152,8 +161,9 @@ def _count_operators(
 ) -> Walk:
     made: References = []
 
-    def run(fake: FakeTensorMode | None) -> Walk:
-        walk = Walk(model, fake, made, reject_unbatched=from_size)
+    def run(*, fakes: bool, saves: bool = backward) -> Walk:
+        fake = FakeTensorMode(allow_non_fake_inputs=True) if fakes else None
+        walk = Walk(model, fake, made, reject_unbatched=from_size, saves=saves)
         with ExitStack() as stack:
             stack.enter_context(plain_operators())
             stack.enter_context(untouched(model, written=lambda tensor: fake is None))
@@ -168,21 +178,32 @@ def _count_operators(
                 walk.run(draw().map(torch.clone))
         return walk
 
+    def attempt(*, fakes: bool) -> Walk:
+        try:
+            return run(fakes=fakes)
+        except RuntimeError as error:
+            if not backward or "saved tensor hooks" not in str(error):
+                raise
+        # transforms such as `torch.func.grad` refuse the hooks that see what autograd saves
+        walk = run(fakes=fakes, saves=False)
+        walk.unknown.add("tensors saved beside torch.func")
+        return walk
+
     with FakeTensorMode():
         shapes = [tuple(tensor.shape) for tensor in tensors_in(draw().args)]
 
     try:
         if any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers())):
-            return run(None)
+            return attempt(fakes=False)
         try:
-            walk = run(FakeTensorMode(allow_non_fake_inputs=True))
+            walk = attempt(fakes=True)
         except Unbatched:
             raise
         except Exception:
             # control flow on values, a missing shape rule, or an error of the model: run and see
             walk = None
         forget(made)  # after the exception, whose frames hold tensors
-        return walk or run(None)
+        return walk or attempt(fakes=False)
     except Exception as error:
         if not isinstance(error, (Unbatched, Escaped)):
             error.add_note(f"raised by the model while counted on inputs of shape {shapes}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import warnings
@@ -23,7 +22,8 @@ from .account import Account, Format, check_format, draw
 from .counters import COUNTERS, Counter
 from .counting import count, unwrap
 from .inputs import Inputs, Sizes, make_inputs
-from .preserving import train_flags, untouched
+from .preserving import copied, train_flags, untouched
+from .walk import tensors_in
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,14 @@ def crosscheck(
         The account and what the others say; printing it draws the tables.
 
     Raises:
-        TypeError: as `count`.
+        TypeError: as `count`, or no input is a tensor.
         ValueError: as `count`.
     """
     account = count(model, input_size, inputs=inputs, kwargs=kwargs, backward=False)
     model = unwrap(model)
     given = make_inputs(model, input_size, inputs=inputs, kwargs=kwargs)
+    if not tensors_in((given.args, given.kwargs)):
+        raise TypeError("`inputs` has no tensor, which the other counters need; use `count` alone")
     installed = {name: counter for name, counter in COUNTERS.items() if find_spec(counter.package)}
     given = given.map(torch.detach)
     with untouched(model), torch.no_grad():
@@ -226,7 +228,7 @@ class _OneInput(nn.Module):
 def _ask(counter: Counter, part: _Part) -> int | Exception:
     try:
         # a copy for each: they leave hooks, buffers and flags behind
-        alone = _OneInput(*copy.deepcopy((part.module, part.given)))
+        alone = _OneInput(*copied(part.module, part.given))
         with train_flags(alone, False), _silence():
             return counter.ask(alone, alone.x)
     except Exception as error:
@@ -235,7 +237,7 @@ def _ask(counter: Counter, part: _Part) -> int | Exception:
 
 def _innermost(model: nn.Module, given: Inputs) -> list[_Part]:
     """Find the called modules that call no others, equal ones with equal inputs once."""
-    model, given = copy.deepcopy((model, given))
+    model, given = copied(model, given)
     running: list[nn.Module] = []
     calling: set[nn.Module] = set()
     seen: list[tuple[nn.Module, Inputs]] = []

@@ -61,7 +61,7 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
     """Register a function as the formula of the operators `names`.
 
     Args:
-        names: "namespace::operator", or only the operator's name for one of aten's.
+        names: "namespace::operator"; for one of aten's, the operator's name suffices.
 
     Example:
         >>> from separable.cost import Cost, formula
@@ -71,7 +71,7 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
     """
 
     def register(function: Formula) -> Formula:
-        _FORMULAS.update(dict.fromkeys(names, function))
+        _FORMULAS.update(dict.fromkeys((name.removeprefix("aten::") for name in names), function))
         return function
 
     return register

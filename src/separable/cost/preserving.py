@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import threading
@@ -28,12 +29,12 @@ class Held(NamedTuple):
     Attributes:
         tensor: the tensor.
         data: another tensor at the same memory, which stays there if `tensor.data` is assigned.
-        copy: its values, where the run may write to them.
+        values: a copy of its values, where the run may write to them.
     """
 
     tensor: Tensor
     data: Tensor
-    copy: Tensor | None
+    values: Tensor | None
 
 
 @contextmanager
@@ -65,6 +66,17 @@ def untouched(
         with torch.no_grad():
             for each in held:
                 _put_back(each)
+
+
+def copied(model: nn.Module, *others: Any) -> Any:
+    """Deep copies of a model and of others with it; a tensor that is computed is copied as values.
+
+    `copy.deepcopy` refuses such attributes, which `torch.nn.utils.weight_norm` and
+    `spectral_norm` set at each forward.
+    """
+    computed = (tensor for tensor in _state(model)[1] if not tensor.is_leaf)
+    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+    return copy.deepcopy((model, *others), memo) if others else copy.deepcopy(model, memo)
 
 
 def _state(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
@@ -122,11 +134,11 @@ def _refill(container: Any, contents: Any) -> None:
 
 
 def _put_back(held: Held) -> None:
-    tensor, data, copy = held
+    tensor, data, values = held
     if _place(tensor) != _place(data):
         tensor.data = data
-    if copy is not None and not torch.equal(tensor, copy):
-        tensor.copy_(copy)
+    if values is not None and not torch.equal(tensor, values):
+        tensor.copy_(values)
 
 
 def _place(tensor: Tensor) -> Any:

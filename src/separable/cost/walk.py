@@ -27,6 +27,8 @@ from .formulas import FIRST_RESULT_ONLY, VIEWS
 from .inputs import Inputs
 from .operation import Formula, Margins, Operation, find_formula, operator_name
 
+Layout = tuple[tuple[int, ...], tuple[int, ...]] | None
+
 
 class Unbatched(ValueError):
     """An `input_size` without its batch."""
@@ -54,11 +56,13 @@ class Walk(TorchDispatchMode):
         made: References,
         *,
         reject_unbatched: bool,
+        saves: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.fake = fake
         self.reject_unbatched = reject_unbatched
+        self.saves = saves
         self.names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = [""]
         self.own: dict[str, Cost] = defaultdict(Cost)
@@ -70,7 +74,7 @@ class Walk(TorchDispatchMode):
         self.saved: dict[int, int] = {}
         self.boxes: weakref.WeakSet[Box] = weakref.WeakSet()
         self.thread = threading.get_ident()
-        self.margins: dict[int, tuple[tuple[int, ...], Margins]] = {}
+        self.margins: dict[int, tuple[Layout, Margins]] = {}
         self.made = made
 
     def run(self, inputs: Inputs) -> None:
@@ -83,13 +87,13 @@ class Walk(TorchDispatchMode):
         with ExitStack() as stack:
             stack.callback(self.activations.forget_tensors)
             stack.enter_context(self._follow_modules())
-            if torch.is_grad_enabled():  # transforms of torch.func refuse these hooks
+            if self.saves:
                 stack.enter_context(saved_tensors_hooks(self._save, lambda box: box.tensor))
                 stack.callback(self._empty_boxes)
             stack.enter_context(self)
             self.bar = stack.enter_context(progress("counting", len(self.names), "module"))
             output = self.model(*inputs.args, **inputs.kwargs)
-        results = tensors_in(output)
+        results = tensors_of(output)
         self.output_shapes = tuple(tuple(tensor.shape) for tensor in results)
         self.activations.keep(results)
 
@@ -132,7 +136,7 @@ class Walk(TorchDispatchMode):
         self.stack.pop()
         name = self.names.get(id(module))
         if name is not None and name not in self.output_shape:
-            first = next(iter(tensors_in(output)), None)
+            first = next(iter(tensors_of(output)), None)
             self.output_shape[name] = None if first is None else tuple(first.shape)
             self.bar.update()
 
@@ -199,8 +203,18 @@ class Walk(TorchDispatchMode):
             self.unknown.add(name)
         else:
             operation = self._operation(name, func, args, kwargs, results)
-            self.own[self.stack[-1]] += formula(operation)
+            cost = formula(operation)
+            if not isinstance(cost, Cost):
+                raise TypeError(
+                    f"the formula of {name} returned a {type(cost).__name__}; it must return a "
+                    "separable.cost.Cost"
+                )
+            self.own[self.stack[-1]] += cost
             self._note_padding(operation)
+        if self.margins:  # what is written in place loses its zeros
+            written = {self.activations.key(tensor) for tensor in results}
+            for key in written & {self.activations.key(tensor) for tensor in operands}:
+                self.margins.pop(key, None)
         self.own[self.stack[-1]] += Cost(traffic_bytes=_traffic(operands, results))
         self.activations.step(operands, results)
 
@@ -219,30 +233,34 @@ class Walk(TorchDispatchMode):
             value.dim() == 1 and self.activations.key(value) not in self.activations.size
             for value in tensors.values()
         )
-        margins: Margins = ()
-        if "input" in tensors:
-            key = self.activations.key(tensors["input"])
-            shape, noted = self.margins.get(key, ((), ()))
-            margins = noted if shape == tuple(tensors["input"].shape) else ()
         return Operation(
             name,
             arguments,
             results,
             frozenset(needs_grad) if torch.is_grad_enabled() else frozenset(),
-            margins,
+            self._margins_of(tensors["input"]) if "input" in tensors else (),
             bias,
         )
+
+    def _margins_of(self, tensor: Tensor) -> Margins:
+        layout, margins = self.margins.get(self.activations.key(tensor), (None, ()))
+        return margins if layout == _layout(tensor) else ()
 
     def _note_padding(self, operation: Operation) -> None:
         """Remember the zeros that a padding operator puts around its input."""
         if operation.name != "constant_pad_nd" or operation["value"] != 0:
             return
         result, pad = operation.results[0], list(operation["pad"])
-        ends = [(max(low, 0), max(high, 0)) for low, high in zip(pad[::2], pad[1::2], strict=True)]
-        ends = ends[::-1]  # the last dimension comes first
+        sides = list(zip(pad[::2], pad[1::2], strict=True))[::-1]  # the last dimension comes first
         dims = result.dim() - 2
-        margins = ((0, 0),) * (dims - len(ends)) + tuple(ends[-dims:])
-        self.margins[self.activations.key(result)] = (tuple(result.shape), margins)
+        sides = ([(0, 0)] * dims + sides)[-dims:]
+        inner = self._margins_of(operation["self"]) or ((0, 0),) * dims
+        # a negative padding crops, the zeros of an earlier padding first
+        margins = tuple(
+            (max(before + low, 0), max(after + high, 0))
+            for (before, after), (low, high) in zip(inner, sides, strict=True)
+        )
+        self.margins[self.activations.key(result)] = (_layout(result), margins)
 
 
 class Activations:
@@ -312,6 +330,32 @@ class Activations:
 def tensors_in(tree: Any) -> tuple[Tensor, ...]:
     """The tensors among the leaves of nested containers, in order."""
     return tuple(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of what a module returns: those in attributes of plain objects, too."""
+    found: list[Tensor] = []
+    seen: dict[int, Any] = {}
+
+    def look(tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif (
+                hasattr(leaf, "__dict__")
+                and not isinstance(leaf, (type, nn.Module))
+                and id(leaf) not in seen
+            ):
+                seen[id(leaf)] = leaf
+                look(dict(vars(leaf)))
+
+    look(output)
+    return tuple(found)
+
+
+def _layout(tensor: Tensor) -> Layout:
+    """What tells a padded tensor from other views of its storage."""
+    return (tensor.shape, tensor.stride()) if tensor.layout == torch.strided else None
 
 
 def _is_view(func: Any) -> bool:

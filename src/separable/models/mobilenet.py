@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from ..nn import DepthwiseConv2d, PointwiseConv2d
 from ..nn.conv import _positive_int
 
 ConvForm = Literal["separable", "regular"]
@@ -47,12 +46,13 @@ def _block(
         )
     return nn.Sequential(
         OrderedDict[str, nn.Module](
-            depthwise=DepthwiseConv2d(
-                in_channels, kernel_size=3, stride=stride, padding=1, bias=False
+            # torch's own class, which quantisers and counters that look types up know
+            depthwise=nn.Conv2d(
+                in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False
             ),
             depthwise_norm=nn.BatchNorm2d(in_channels),
             depthwise_act=act(inplace=True),
-            pointwise=PointwiseConv2d(in_channels, out_channels, bias=False),
+            pointwise=nn.Conv2d(in_channels, out_channels, 1, bias=False),
             pointwise_norm=nn.BatchNorm2d(out_channels),
             pointwise_act=act(inplace=True),
         )

@@ -281,9 +281,6 @@ class _Separable(nn.Module):
     _dims: ClassVar[int]
     _conv: ClassVar[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]]
 
-    depthwise: nn.Module
-    pointwise: nn.Module
-
     def __init__(
         self,
         in_channels: int,
@@ -339,7 +336,7 @@ class _Separable(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new weights and biases for both convolutions; see the class for the distribution."""
-        self.pointwise.reset_parameters()  # type: ignore[operator]
+        self.pointwise.reset_parameters()
         _reset_depthwise(self.depthwise)
 
     def extra_repr(self) -> str:

@@ -17,10 +17,10 @@ from ..conversion.calibration import Inputs
 from ..conversion.converting import frontier as converted_within
 from ..conversion.plans import Budget, NothingToConvert
 from ..conversion.sensitivity import divergence, is_logits, tensors
-from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
 from ..cost.measuring import check_timing
+from ..cost.preserving import copied
 from ..failures import in_a_line
 from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
@@ -88,8 +88,8 @@ def report(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: arguments exclude each other, a budget is malformed or can't be met, or the
-            model rejects its inputs.
+        ValueError: arguments exclude each other, a budget is malformed or can't be met, the model
+            rejects its inputs, or another network has outputs of other shapes.
     """
     if budget is not None and converted is not None:
         raise ValueError("`budget` and `converted` exclude each other; give one of them")
@@ -99,7 +99,7 @@ def report(
     for each in budgets:
         Budget.parse(each)  # before the first of them is converted
     check_timing(repeats=repeats, min_seconds=min_seconds, threads=threads)
-    original = frozen_copy(model)
+    original = copied(model).eval()
     given = make_inputs(original, input_size, inputs=inputs).args
     given = tuple(each.clone() if isinstance(each, Tensor) else each for each in given)
     if data is not None:
@@ -114,7 +114,8 @@ def report(
         if converted is not None:
             own = getattr(converted, "report", None)
             name = own.plan.budget if isinstance(own, Conversion) else "converted"
-            contenders.append(_Contender(name, frozen_copy(converted), given, "converted"))
+            contenders.append(_Contender(name, copied(converted).eval(), given, "converted"))
+            _check_outputs("converted", *contenders)
         obstacle = ""
         try:
             if budgets:
@@ -133,9 +134,11 @@ def report(
             obstacle = error.why
         is_converted = len(contenders) > 1
         contenders += [
-            _Contender(name, frozen_copy(network), given)
+            _Contender(name, copied(network).eval(), given)
             for name, network in (beside or {}).items()
         ]
+        for other in contenders[len(contenders) - len(beside or ()) :]:
+            _check_outputs(f"beside[{other.name!r}]", contenders[0], other)
         _measure(contenders, given, threads, repeats, min_seconds, bar)
         machine = _measure_layers(contenders[: 1 + is_converted], given, repeats, bar)
         _next(bar, "measuring errors")
@@ -227,6 +230,15 @@ class _Contender:
             accuracy=self.accuracy,
             chosen=chosen,
             kind=self.kind,
+        )
+
+
+def _check_outputs(name: str, regular: _Contender, other: _Contender) -> None:
+    shapes = [each.account.output_shapes for each in (regular, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"`{name}` (output shapes {shapes[1]}) must map the same inputs to the output shapes "
+            f"of `model` (={shapes[0]})"
         )
 
 
