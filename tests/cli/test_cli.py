@@ -62,6 +62,8 @@ def file(tmp_path):
         "class Median(torch.nn.Module):\n"
         "    def forward(self, input):\n"
         "        return torch.linalg.det(input)\n"
+        "def words():\n"
+        "    return torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2))\n"
         "def interrupted():\n"
         "    raise KeyboardInterrupt\n"
     )
@@ -122,6 +124,14 @@ def test_stdout_holds_the_json_alone(file):
     assert "a word from the network" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["count", "measure", "crosscheck", "compare"])
+def test_indices_as_input(command, file):
+    models = [f"{file}:words"] * (1 + (command == "compare"))
+    options = ["--no-latency"] if command == "compare" else []
+    text = prints(command, *models, "--input-size=2x3", "--dtype=int64", "--json", *options)
+    json.loads(text)
+
+
 def test_strict_names_the_operator(file):
     arguments = ["count", f"{file}:Median", "--input-size=2x3x3"]
     assert "Lower bound" in prints(*arguments)
@@ -164,7 +174,7 @@ def test_measure():
     figures = json.loads(prints("measure", SMALL, SIZE, "--threads=1", "--per-layer", "--json"))
     assert figures["median"] > 0
     assert figures["threads"] == 1
-    assert any(layer["kind"] == "DepthwiseConv2d" for layer in figures["layers"])
+    assert any(layer["name"] == "blocks.0.depthwise" for layer in figures["layers"])
 
 
 def test_crosscheck():
@@ -197,7 +207,11 @@ def test_crosscheck():
         (["compare", *LAYER, "--padding=same"], "`padding` (='same') needs `stride` 1"),
         (["compare", *LAYER, "--dilation=1x2x3"], "`dilation` (=(1, 2, 3)) must have 2 entries"),
         (["compare", SMALL, "separable:mobilenet_v1", SIZE], "same output shapes"),
-        (["measure", SMALL, "--device=cadu"], "cadu"),
+        (["measure", SMALL, "--device=cadu"], "'cadu' must be a device such as cpu or cuda:0"),
+        (
+            ["compare", *LAYER, "--input-size=1x4x8x8"],
+            "--in-channels (3) must be the channels of --input-size (1x4x8x8), 4",
+        ),
         (["demo", "--epochs=0"], "--epochs"),
         (["demo", "--out=pyproject.toml"], "--out"),
     ],

@@ -133,6 +133,8 @@ def test_errors() -> None:
         separable.compare(*pair(), input_size=(3, 228, 228))
     with pytest.raises(TypeError, match="missing"):
         separable.compare(*pair())
+    with pytest.raises(TypeError, match=r"`separable` \(a function\) must be an nn.Module"):
+        separable.compare(nn.ReLU(), lambda x: x, SIZE)
 
 
 @pytest.mark.parametrize("format", ["table", "csv", "markdown", "html"])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -561,7 +562,7 @@ def test_errors_name_the_argument() -> None:
         separable.count(conv, (1, 3, 10, 10), dtypes=[torch.float32] * 2)
     with pytest.raises(TypeError, match=r"`model` \(a function\) must be an nn.Module"):
         separable.count(lambda x: x, (1, 3, 10, 10))
-    with pytest.raises(ValueError, match=r"parameters without a shape \(weight, bias\)"):
+    with pytest.raises(ValueError, match=r"parameters or buffers without a shape \(weight, bias\)"):
         separable.count(nn.LazyConv2d(4, 3), (1, 3, 10, 10))
     with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels") as caught:
         separable.count(conv, (1, 4, 10, 10))
@@ -571,6 +572,55 @@ def test_errors_name_the_argument() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_size": (True, True)}, TypeError, r"`input_size` \(=\(True, True\)\) must be made"),
+        ({"input_size": (2**70, 4)}, ValueError, "must have at most 9223372036854775807 elements"),
+        ({"input_size": (2, 4), "dtypes": "float32"}, TypeError, "`dtypes` .='float32'. must be"),
+        ({"input_size": (2, 4), "dtypes": ["x"]}, TypeError, "`dtypes` .=.'x'.. must be"),
+    ],
+)
+def test_sizes_and_dtypes_that_are_none(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        separable.count(nn.Linear(4, 4), **arguments)
+
+
+def test_sizes_of_numpy() -> None:
+    size = tuple(np.array([2, 4]))
+    assert separable.count(nn.Linear(4, 4), size).input_shapes == ((2, 4),)
+    assert separable.count(Function(torch.add), [size, (4,)]).input_shapes == ((2, 4), (4,))
+
+
+def test_a_packed_sequence_is_one_argument() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.ones(7, 2, 5), torch.tensor([7, 4]))
+    assert separable.count(nn.LSTM(5, 6), inputs=packed).macs == 11 * 4 * 6 * (5 + 6)
+
+
+def test_lazy_modules_are_named() -> None:
+    batch_norm = nn.Sequential(nn.LazyBatchNorm1d(affine=False))
+    with pytest.raises(ValueError, match=r"without a shape \(0.running_mean, 0.running_var\)"):
+        separable.count(batch_norm, (2, 4))
+    with pytest.raises(ValueError, match=r"without a shape \(weight, bias\)"):
+        separable.total_learnables(nn.LazyLinear(3))
+    with pytest.raises(TypeError, match=r"`model` \(a function\) must be an nn.Module"):
+        separable.total_learnables(lambda x: x)
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "markdown"])
+def test_names_of_modules_break_no_row(format: Any) -> None:
+    model = nn.Sequential()
+    for name in ("a\nb\tc|d", "\x1b[31mx"):
+        model.add_module(name, nn.Linear(4, 4))
+    text = separable.count(model, (1, 4)).to_string(format)
+    (line,) = (line for line in text.splitlines() if "a\\nb\\tc" in line)
+    assert (r"c\|d" if format == "markdown" else "c|d") in line
+    assert r"\x1b[31mx" in text
+    assert all(each.isprintable() for each in text.splitlines())
+
+
 def test_torchscript_is_refused_with_the_reason() -> None:
     scripted = torch.jit.script(nn.Conv2d(3, 4, 3))
     with pytest.raises(TypeError, match="TorchScript module, which runs outside of Python"):
@@ -638,6 +688,8 @@ def test_formats(format: str) -> None:
         assert f"{account.macs:,}" in text
         assert "padding zeros included" in text
     assert len(account.to_string("csv", depth=0).splitlines()) == 2
+    with pytest.raises(TypeError, match=r"`depth` \(='1'\) must be an int"):
+        account.to_string(format, depth="1")  # type: ignore[arg-type]
 
 
 def test_costs_add() -> None:

@@ -149,6 +149,7 @@ def test_trains_with_dropout():
     ("options", "error", "message"),
     [
         ({"conv": "dense"}, ValueError, "`conv` (='dense') must be one of separable, regular"),
+        ({"activation": []}, ValueError, "`activation` (=[]) must be one of relu, relu6"),
         ({"activation": "gelu"}, ValueError, "`activation` (='gelu') must be one of relu, relu6"),
         ({"width": 0}, ValueError, "`width` (=0) must be greater than 0 and finite"),
         ({"width": float("nan")}, ValueError, "`width` (=nan) must be greater than 0 and finite"),

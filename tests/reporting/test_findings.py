@@ -250,6 +250,13 @@ def test_errors(options, words):
         separable.report(network(), SIZE, **{**QUICK, "calibration": images(), **options})
 
 
+@pytest.mark.parametrize("options", [{"title": 3}, {"data": 5}])
+def test_arguments_of_other_types(options):
+    (name,) = options
+    with pytest.raises(TypeError, match=rf"`{name}` \(={options[name]}\) must be"):
+        separable.report(network(), (1, 3, 12, 12), **QUICK, **options)
+
+
 def test_other_networks_have_the_outputs_of_the_first():
     fewer = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for arguments, name in (

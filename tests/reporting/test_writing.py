@@ -45,7 +45,8 @@ def test_the_format_is_the_ending_or_what_is_asked_for(findings, tmp_path):
         findings.write(tmp_path / "none" / "b.html")
     with pytest.raises(IsADirectoryError, match="name a file"):
         findings.write(tmp_path, "html")
-    assert sorted(os.listdir(tmp_path)) == ["a.csv", "a.json", "a.txt"]
+    assert findings.write(tmp_path / "a.JSON")
+    assert sorted(os.listdir(tmp_path)) == ["a.JSON", "a.csv", "a.json", "a.txt"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw images")

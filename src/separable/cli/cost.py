@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import MODEL_HELP, input_size, load, output_format, padding, size, threads
+from .options import (
+    MODEL_HELP,
+    device,
+    dtype,
+    example,
+    input_size,
+    load,
+    output_format,
+    padding,
+    size,
+    threads,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,11 +26,17 @@ if TYPE_CHECKING:
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @input_size
+@dtype
 @output_format
 @click.option("--depth", type=click.IntRange(0), help="Levels of modules to show; all if left out.")
 @click.option("--strict", is_flag=True, help="Fail where an operator has no formula.")
 def count(
-    model: str, input_size: tuple[int, ...], style: Any, depth: int | None, strict: bool
+    model: str,
+    input_size: tuple[int, ...],
+    dtype: str | None,
+    style: Any,
+    depth: int | None,
+    strict: bool,
 ) -> str:
     """Count a network's parameters, multiply-adds, memory and traffic.
 
@@ -29,13 +46,15 @@ def count(
     """
     from .. import cost
 
-    account = cost.count(load(model), input_size=input_size, strict=strict)
+    network = load(model)
+    account = cost.count(network, **example(network, input_size, dtype), strict=strict)
     return account.to_string(style, depth=depth)
 
 
 @click.command(epilog=MODEL_HELP)
 @click.argument("models", nargs=-1, metavar="[MODEL_A MODEL_B]")
 @input_size
+@dtype
 @output_format
 @click.option("--in-channels", type=click.IntRange(1), help="Channels of a layer's input.")
 @click.option("--out-channels", type=click.IntRange(1), help="Channels of its output.")
@@ -48,6 +67,7 @@ def count(
 def compare(
     models: tuple[str, ...],
     input_size: tuple[int, ...],
+    dtype: str | None,
     style: Any,
     latency: bool,
     threads: int | None,
@@ -68,7 +88,7 @@ def compare(
             f"{_flag(next(iter(given)))} describes a layer: leave it or the networks out"
         )
     if not models:
-        regular, separable_form = _layers(given, dims=len(input_size) - 2)
+        regular, separable_form = _layers(given, input_size)
     elif len(models) == 2:
         regular, separable_form = map(load, models)
     else:
@@ -76,7 +96,13 @@ def compare(
     from .. import cost
 
     cost.keep_freed_memory()
-    comparison = cost.compare(regular, separable_form, input_size, latency=latency, threads=threads)
+    comparison = cost.compare(
+        regular,
+        separable_form,
+        **example(regular, input_size, dtype),
+        latency=latency,
+        threads=threads,
+    )
     return comparison.to_string(style)
 
 
@@ -84,15 +110,21 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _layers(options: dict[str, Any], dims: int) -> tuple[nn.Module, nn.Module]:
+def _layers(options: dict[str, Any], input_size: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     """Build a layer in its regular and in its separable form."""
     for name in ("in_channels", "out_channels", "kernel_size"):
         if name not in options:
             raise click.UsageError(f"give two networks, or a layer: {_flag(name)} is missing")
+    dims = len(input_size) - 2
     if dims not in (1, 2, 3):
         raise click.UsageError(
             f"--input-size must have 3 to 5 numbers for a layer, batch and channels first, "
             f"got {dims + 2}"
+        )
+    if input_size[1] != options["in_channels"]:
+        raise click.UsageError(
+            f"--in-channels ({options['in_channels']}) must be the channels of --input-size "
+            f"({'x'.join(map(str, input_size))}), {input_size[1]}"
         )
     from torch import nn
 
@@ -111,13 +143,17 @@ def _layers(options: dict[str, Any], dims: int) -> tuple[nn.Module, nn.Module]:
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @input_size
+@dtype
 @output_format
-@click.option("--device", default="cpu", show_default=True, help="Where to run, as in cuda:0.")
+@click.option(
+    "--device", type=device, default="cpu", show_default=True, help="Where to run, as in cuda:0."
+)
 @click.option("--per-layer", is_flag=True, help="Time every module too.")
 @threads
 def measure(
     model: str,
     input_size: tuple[int, ...],
+    dtype: str | None,
     style: Any,
     device: str,
     per_layer: bool,
@@ -132,15 +168,18 @@ def measure(
 
     cost.keep_freed_memory()
     network = load(model).to(device)
-    measurement = cost.measure(network, input_size=input_size, threads=threads, per_layer=per_layer)
+    measurement = cost.measure(
+        network, **example(network, input_size, dtype), threads=threads, per_layer=per_layer
+    )
     return measurement.to_string(style)
 
 
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @input_size
+@dtype
 @output_format
-def crosscheck(model: str, input_size: tuple[int, ...], style: Any) -> str:
+def crosscheck(model: str, input_size: tuple[int, ...], dtype: str | None, style: Any) -> str:
     """Show what other counters say of a network, and why.
 
     \b
@@ -148,4 +187,5 @@ def crosscheck(model: str, input_size: tuple[int, ...], style: Any) -> str:
     """
     from .. import cost
 
-    return cost.crosscheck(load(model), input_size=input_size).to_string(style)
+    network = load(model)
+    return cost.crosscheck(network, **example(network, input_size, dtype)).to_string(style)

@@ -24,6 +24,7 @@ Function = Callable[..., Any]
 SEED = click.IntRange(0, 2**32 - 1)  # what torch and numpy both take
 
 IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 FORMATS = ("table", "json", "csv", "markdown", "html")
 
 MODEL_HELP = """\b
@@ -83,6 +84,37 @@ def input_size(function: Function) -> Function:
         show_default=True,
         help="Shape of the input, batch included.",
     )(function)
+
+
+def dtype(function: Function) -> Function:
+    """Add `--dtype`."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Of the input; that of the network's weights if left out. int64 makes indices.",
+    )(function)
+
+
+def example(network: nn.Module, input_size: tuple[int, ...], dtype: str | None) -> dict[str, Any]:
+    """The inputs of a network as arguments of a function of the account."""
+    if dtype is None:
+        return {"input_size": input_size}
+    import torch
+
+    from ..cost.inputs import make_inputs
+
+    return {"inputs": make_inputs(network, input_size, dtypes=getattr(torch, dtype)).args}
+
+
+def device(text: str) -> str:
+    """Check a device such as cuda:0."""
+    import torch
+
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise click.BadParameter(f"{text!r} must be a device such as cpu or cuda:0") from None
+    return text
 
 
 def threads(function: Function) -> Function:

@@ -94,7 +94,7 @@ class Account(Cost):
 
     Attributes:
         rows: one `Row` per module, in execution order, each container before its children.
-        params: parameters, shared ones once.
+        params: parameters, shared ones once; packed weights of quantised modules are none.
         trainable_params: those with `requires_grad`.
         param_bytes: bytes of all parameters, each in its dtype.
         peak_activation_bytes: largest sum of activations alive at once in an inference pass, where
@@ -142,9 +142,12 @@ class Account(Cost):
             depth: how many levels of modules to show; None shows all.
 
         Raises:
+            TypeError: `depth` is no int.
             ValueError: `format` is not one of these, or `depth` is negative.
         """
         check_format(format)
+        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int)):
+            raise TypeError(f"`depth` (={depth!r}) must be an int, or None for all levels")
         if depth is not None and depth < 0:
             raise ValueError(f"`depth` (={depth}) must be 0 or more, or None for all levels")
         if format == "json":
@@ -238,8 +241,22 @@ def check_format(format: str) -> None:
         raise ValueError(f"`format` (={format!r}) must be one of {', '.join(get_args(Format))}")
 
 
+def _in_a_row(cell: Any, format: Format) -> Any:
+    """A cell without line breaks, tabs and terminal codes, which names of modules may have."""
+    if not isinstance(cell, str):
+        return cell
+    text = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in cell
+    )
+    return text.replace("|", r"\|") if format == "markdown" else text
+
+
 def draw(table: PrettyTable, format: Format) -> str:
-    """Draw a table as text, CSV, markdown or HTML."""
+    """Draw a table as text, CSV, markdown or HTML; what would break a row is escaped."""
+    rows = [[_in_a_row(cell, format) for cell in row] for row in table.rows]
+    table = table.copy()
+    table.clear_rows()
+    table.add_rows(rows)
     if format == "csv":
         return str(table.get_csv_string(lineterminator="\n")).rstrip("\n")
     if format == "html":

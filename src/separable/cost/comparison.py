@@ -13,7 +13,7 @@ from prettytable import PrettyTable
 from torch import nn
 
 from .account import CONVENTIONS, Account, Format, check_format, draw
-from .counting import count
+from .counting import count, unwrap
 from .inputs import DTypes, Sizes, make_inputs
 from .measurement import Measurement
 from .measuring import measure_interleaved
@@ -210,6 +210,8 @@ def compare(
         ValueError: the output shapes differ, or `latency` is asked for on the meta device.
         Exception: what a network itself raises on these inputs.
     """
+    unwrap(regular, "regular")
+    unwrap(separable, "separable")
     given = make_inputs(
         regular, input_size, inputs=inputs, kwargs=kwargs, dtypes=dtypes, device=device
     )

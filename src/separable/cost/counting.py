@@ -64,8 +64,10 @@ def count(
         The account; printing it draws a table.
 
     Raises:
-        TypeError: `model` is not an `nn.Module` that runs in Python, or the inputs are missing.
-        ValueError: `input_size` lacks the batch, or the model has parameters without a shape.
+        TypeError: `model` is not an `nn.Module` that runs in Python, or the inputs are missing or
+            nested tensors.
+        ValueError: `input_size` lacks the batch, or the model has parameters or buffers without a
+            shape.
         NotImplementedError: `strict`, and an operator has no formula.
         RuntimeError: the model keeps tensors of the run outside of its modules, in something that
             can't be emptied.
@@ -98,7 +100,12 @@ def total_learnables(model: nn.Module) -> tuple[int, PrettyTable]:
     Returns:
         The total, and a table of each learnable and its count, with names as
         `named_parameters()` gives them.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: `model` has parameters or buffers without a shape.
     """
+    _check_module(model, "model")
     table = PrettyTable(["Learnable", "Count"])
     table.align["Learnable"], table.align["Count"] = "l", "r"
     learnables = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -109,7 +116,7 @@ def total_learnables(model: nn.Module) -> tuple[int, PrettyTable]:
     return total, table
 
 
-def unwrap(model: Any) -> nn.Module:
+def unwrap(model: Any, argument: str = "model") -> nn.Module:
     """The module that a compiled or data-parallel one wraps; raises where it can't be counted."""
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -118,22 +125,27 @@ def unwrap(model: Any) -> nn.Module:
             model = model._orig_mod
         else:
             break
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` (a {type(model).__name__}) must be an nn.Module")
+    _check_module(model, argument)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            where = f"`{name}` in `model`" if name else "`model`"
+            where = f"`{name}` in `{argument}`" if name else f"`{argument}`"
             raise TypeError(
                 f"{where} is a TorchScript module, which runs outside of Python and can't be "
                 "counted; count the nn.Module that it was scripted or traced from"
             )
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
+    checked: nn.Module = model
+    return checked
+
+
+def _check_module(model: Any, argument: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{argument}` (a {type(model).__name__}) must be an nn.Module")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
         raise ValueError(
-            f"`model` has parameters without a shape ({', '.join(lazy)}); run it once on an input "
-            "to initialise them"
+            f"`{argument}` has parameters or buffers without a shape ({', '.join(lazy)}); run it "
+            "once on an input to initialise them"
         )
-    return model
 
 
 def _check_dense(*given: Any) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 Sizes = Sequence[int] | Sequence[Sequence[int]]
+MOST_ELEMENTS = 2**63 - 1  # what torch's indices count to
+
 DTypes = torch.dtype | Sequence[torch.dtype]
 
 
@@ -67,15 +72,17 @@ def make_inputs(
         device: device of what is made from `input_size`; that of the model by default.
 
     Raises:
-        TypeError: neither or both of `input_size` and `inputs` are given, or a size is not made
-            of ints.
-        ValueError: a size is empty or has a negative entry, or `dtypes` is of another length.
+        TypeError: neither or both of `input_size` and `inputs` are given, a size is not made of
+            ints, or `dtypes` not of data types.
+        ValueError: a size is empty, has a negative entry or too many elements, or `dtypes` is of
+            another length.
     """
     kwargs = dict(kwargs or {})
     if input_size is not None and inputs is not None:
         raise TypeError("`input_size` and `inputs` exclude each other; give one of them")
     if inputs is not None:
-        return Inputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), kwargs)
+        several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
+        return Inputs(tuple(inputs) if several else (inputs,), kwargs)
     if input_size is None:
         if kwargs:
             return Inputs((), kwargs)
@@ -88,6 +95,10 @@ def make_inputs(
         dtypes = next(iter(floating), torch.get_default_dtype())
     if isinstance(dtypes, torch.dtype):
         dtypes = [dtypes] * len(sizes)
+    if not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
+        raise TypeError(
+            f"`dtypes` (={dtypes!r}) must be a torch.dtype such as torch.float32, or one per input"
+        )
     if len(dtypes) != len(sizes):
         raise ValueError(
             f"`dtypes` has {len(dtypes)} entries for {len(sizes)} inputs; give one each"
@@ -113,16 +124,24 @@ def _check_sizes(input_size: Any) -> list[tuple[int, ...]]:
             f"`input_size` ({_shown(input_size)}) must be a shape such as (1, 3, 224, 224), or a "
             "list of shapes; tensors are given as `inputs`"
         )
-    sizes = [input_size] if isinstance(input_size[0], int) else list(input_size)
+    sizes = [input_size] if isinstance(input_size[0], Integral) else list(input_size)
     for size in sizes:
-        if not isinstance(size, Sequence) or not all(isinstance(n, int) for n in size):
+        if not isinstance(size, Sequence) or not all(map(_is_int, size)):
             raise TypeError(
                 f"`input_size` ({_shown(input_size)}) must be made of ints; tensors are given as "
                 "`inputs`"
             )
         if not size or any(n < 0 for n in size):
             raise ValueError(f"`input_size` (={input_size!r}) must have entries of 0 or more")
-    return [tuple(size) for size in sizes]
+        if math.prod(map(int, size)) > MOST_ELEMENTS:
+            raise ValueError(
+                f"`input_size` (={input_size!r}) must have at most {MOST_ELEMENTS} elements"
+            )
+    return [tuple(map(int, size)) for size in sizes]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _draw(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

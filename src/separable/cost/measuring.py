@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,8 +65,8 @@ def measure(
         The measurement. Printing it draws a table.
 
     Raises:
-        TypeError: `model` is not callable, or neither or both of `inputs` and `input_size` are
-            given.
+        TypeError: `model` is not callable, neither or both of `inputs` and `input_size` are given,
+            or an argument is no number of its kind.
         ValueError: an argument is out of its range, the tensors are on the meta device, or
             `per_layer` is asked of a callable whose modules do not run one by one.
     """
@@ -178,8 +179,19 @@ def check_timing(
     """Refuse what `measure` can't time with.
 
     Raises:
+        TypeError: an argument is no number of its kind.
         ValueError: an argument is out of its range.
     """
+    kinds: dict[str, tuple[Any, type, str]] = {
+        "repeats": (repeats, Integral, "an int"),
+        "warmup": (warmup, Integral, "an int"),
+        "min_seconds": (min_seconds, Real, "a number of seconds"),
+    }
+    for name, (value, kind, words) in kinds.items():
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"`{name}` (={value!r}) must be {words}")
+    if isinstance(threads, bool):
+        raise TypeError(f"`threads` (={threads}) must be an int")
     check_threads(threads)
     for name, value in {"repeats": repeats, "warmup": warmup}.items():
         if value < 1:

@@ -336,20 +336,15 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
     """The tensors of what a module returns: those in attributes of plain objects, too."""
     found: list[Tensor] = []
     seen: dict[int, Any] = {}
-
-    def look(tree: Any) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif (
-                hasattr(leaf, "__dict__")
-                and not isinstance(leaf, (type, nn.Module))
-                and id(leaf) not in seen
-            ):
-                seen[id(leaf)] = leaf
-                look(dict(vars(leaf)))
-
-    look(output)
+    pending = tree_leaves(output)[::-1]
+    while pending:
+        leaf = pending.pop()
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif id(leaf) not in seen and hasattr(leaf, "__dict__"):
+            seen[id(leaf)] = leaf
+            if not isinstance(leaf, (type, nn.Module)):
+                pending += tree_leaves(dict(vars(leaf)))[::-1]
     return tuple(found)
 
 

@@ -81,7 +81,7 @@ class MobileNetV1(nn.Module):
         super().__init__()
         if conv not in get_args(ConvForm):
             raise ValueError(f"`conv` (={conv!r}) must be one of {', '.join(get_args(ConvForm))}")
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             raise ValueError(
                 f"`activation` (={activation!r}) must be one of {', '.join(_ACTIVATIONS)}"
             )

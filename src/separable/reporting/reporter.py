@@ -98,6 +98,10 @@ def report(
     budgets = [each for each in (budget, *frontier) if each is not None]
     for each in budgets:
         Budget.parse(each)  # before the first of them is converted
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"`title` (={title!r}) must be a string")
+    if data is not None and not isinstance(data, Iterable):
+        raise TypeError(f"`data` (={data!r}) must be batches (inputs, labels) of tensors")
     check_timing(repeats=repeats, min_seconds=min_seconds, threads=threads)
     original = copied(model).eval()
     given = make_inputs(original, input_size, inputs=inputs).args

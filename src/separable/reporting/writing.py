@@ -28,7 +28,7 @@ def check(path: Path, format: str | None) -> str:
         ImportError: a package is missing.
         RuntimeError: the browser that draws images is missing.
     """
-    chosen = path.suffix.removeprefix(".") if format is None else format
+    chosen = path.suffix.removeprefix(".").lower() if format is None else format
     if chosen not in FORMATS:
         raise ValueError(
             f"`format` (={chosen!r}) must be one of {', '.join(FORMATS)}, by itself or as the "
