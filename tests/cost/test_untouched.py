@@ -209,6 +209,7 @@ class Nested(nn.Module):
         self.masks: dict[str, dict[int, Any]] = {"cpu": {}}
         self.caches = [Cache()]
         self.sums = [torch.zeros(4)]
+        self.gone = [weakref.proxy(Cache())]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -245,6 +246,7 @@ def test_nested_state_is_put_back(way: str) -> None:
 
 
 TABLE: dict[Any, Tensor] = {}
+PAIRS: dict[int, Any] = {}
 SEEN: list[Tensor] = []
 
 
@@ -265,6 +267,7 @@ class Outside(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x) + positions(4)
         y = y * TABLE.setdefault(("scale", 4), torch.ones(4))
+        y = y * PAIRS.setdefault(4, (torch.ones(4), torch.zeros(4)))[0]
         Outside.last = y
         SEEN.append(y)
         return y
@@ -275,12 +278,15 @@ def test_caches_outside_of_the_model_get_no_fake_tensor(on_values: bool) -> None
     hooked: dict[str, Any] = {}
     model = Outside()
     model.linear.register_forward_hook(lambda module, args, output: hooked.update(y=output))
+    for cache in (TABLE, PAIRS, SEEN):
+        cache.clear()
     TABLE["other"] = torch.zeros(1)
     counted = OnValues(model) if on_values else model
     assert separable.count(counted, (2, 4)).macs == 2 * 4 * 4
     held = [*TABLE.values(), *SEEN, *hooked.values(), positions(4), Outside.last]
     assert not any(isinstance(each, FakeTensor) for each in held)
-    assert "other" in TABLE
+    assert list(TABLE) == (["other", ("scale", 4)] if on_values else ["other"])
+    assert bool(PAIRS) == on_values
     assert type(model(torch.ones(2, 4))) is Tensor
 
 

@@ -53,22 +53,28 @@ def _alive(fakes: References) -> list[Tensor]:
     return [tensor for fake in fakes if (tensor := fake()) is not None]
 
 
-def _take_out(value: Any) -> None:
-    # no comprehension here may use `value`: its cell would be taken for one that holds it
+def _take_out(value: Any, ours: tuple[Any, ...] = ()) -> None:
+    # no comprehension here may use a variable: its cell would be taken for one that holds a value
     holders = gc.get_referrers(value)
     for holder in holders:
+        if _is_one_of(ours, holder):
+            continue
         if hasattr(holder, "cache_clear"):
             holder.cache_clear()
         elif isinstance(holder, CellType):
             holder.cell_contents = None
         elif isinstance(holder, tuple):
-            _take_out(holder)
+            _take_out(holder, (*ours, holders))
         elif isinstance(holder, dict):
             _take_out_of(holder, value)
-        elif isinstance(holder, (list, set)) and _is_variable(holder, holders):
+        elif isinstance(holder, (list, set)) and _is_variable(holder, (*ours, holders)):
             _take_out_of_variable(holder, value)
         elif hasattr(holder, "__dict__"):
             _take_out_of(vars(holder), value)
+
+
+def _is_one_of(ours: tuple[Any, ...], holder: Any) -> bool:
+    return any(each is holder for each in ours)
 
 
 def _take_out_of_variable(container: Any, value: Any) -> None:
@@ -97,10 +103,10 @@ def _owner(mapping: dict[Any, Any]) -> Any:
     return None
 
 
-def _is_variable(container: Any, ours: list[Any]) -> bool:
+def _is_variable(container: Any, ours: tuple[Any, ...]) -> bool:
     """Whether no container but ours holds one: it might have been made for what is in it."""
     return not any(
         isinstance(each, (list, tuple, set)) or (isinstance(each, dict) and _owner(each) is None)
         for each in gc.get_referrers(container)
-        if each is not ours
+        if not _is_one_of(ours, each)
     )

@@ -6,6 +6,7 @@ import copy
 import random
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -87,7 +88,9 @@ def _state(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     pending: deque[tuple[Any, int]] = deque((module, 0) for module in model.modules())
     while pending:
         value, depth = pending.popleft()
-        if id(value) in seen or isinstance(value, (type, ModuleType, FunctionType)):
+        if type(value) in weakref.ProxyTypes or id(value) in seen:
+            continue  # a proxy's object may be gone
+        if isinstance(value, (type, ModuleType, FunctionType)):
             continue
         if isinstance(value, Tensor):
             seen[id(value)] = value
