@@ -279,6 +279,11 @@ def test_paddings_compose(model: Padded) -> None:
         assert account.macs_without_padding == valid
 
 
+def test_padding_without_a_spatial_dimension_is_no_margin() -> None:
+    padded = Function(lambda x: F.pad(F.pad(x, (1, 1)), (1, 0, 0, 1)))
+    assert separable.count(padded, (4, 5)).output_shapes == ((5, 8),)
+
+
 def test_padding_that_is_written_over_is_none() -> None:
     account = separable.count(Padded(lambda x: F.pad(x, (1, 1, 1, 1)).add_(1)), (1, 1, 8, 8))
     assert account.macs_without_padding == account.macs == 64 * 9
@@ -571,7 +576,6 @@ def test_errors_name_the_argument() -> None:
         separable.count(conv, (1, 3, 10, 10)).to_string("xml")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -621,6 +625,7 @@ def test_names_of_modules_break_no_row(format: Any) -> None:
     assert all(each.isprintable() for each in text.splitlines())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_torchscript_is_refused_with_the_reason() -> None:
     scripted = torch.jit.script(nn.Conv2d(3, 4, 3))
     with pytest.raises(TypeError, match="TorchScript module, which runs outside of Python"):

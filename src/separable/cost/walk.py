@@ -253,6 +253,8 @@ class Walk(TorchDispatchMode):
         result, pad = operation.results[0], list(operation["pad"])
         sides = list(zip(pad[::2], pad[1::2], strict=True))[::-1]  # the last dimension comes first
         dims = result.dim() - 2
+        if dims < 1:
+            return
         sides = ([(0, 0)] * dims + sides)[-dims:]
         inner = self._margins_of(operation["self"]) or ((0, 0),) * dims
         # a negative padding crops, the zeros of an earlier padding first
