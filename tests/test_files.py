@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from separable.images import open_image
-from separable.writing import whole_file
+from separable.writing import whole_file, whole_files
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -36,6 +36,14 @@ def test_files_have_the_usual_permissions(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == 0o644
+
+
+def test_names_as_long_as_can_be(tmp_path):
+    names = [letter * 249 + suffix for letter in "ab" for suffix in (".json", ".csv")]
+    with whole_files([tmp_path / name for name in names]) as partial:
+        for path in partial.values():
+            path.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_where_no_file_can_be(tmp_path):

@@ -14,7 +14,11 @@ def check_threads(threads: int | None) -> None:
     """
     if threads is None:
         return
-    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+    if (
+        isinstance(threads, bool)
+        or not isinstance(threads, int)
+        or not 1 <= threads <= MOST_THREADS
+    ):
         raise ValueError(
             f"`threads` (={threads!r}) must be a whole number from 1 to {MOST_THREADS}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,9 @@ class _Planned(NamedTuple):
             raise IsADirectoryError(f"{str(path)!r} is a folder; name a file")
         if target.exists() and not target.is_file():
             raise FileExistsError(f"{str(path)!r} is no regular file; name one")
-        temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+        # the start of a name that may be as long as names can be, and what tells it from others
+        short = f"{target.stem[:40]}-{zlib.crc32(os.fsencode(target.name)):08x}"
+        temporary = target.with_name(f".{short}.{os.getpid()}{target.suffix}")
         if target.exists():
             return cls(temporary, target, stat.S_IMODE(target.stat().st_mode))
         temporary.touch()  # a new one gets what is usual there

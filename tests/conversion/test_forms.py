@@ -211,6 +211,15 @@ def test_the_weight_passes_gradients_to_its_factors(form):
         assert relative(grad, parameter.grad) <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+@pytest.mark.parametrize("form", FORMS)
+def test_torchscript(form):
+    conv = nn.Conv2d(6, 8, 3, stride=2)
+    module = separated(conv, random_factors(form, Shape.of(conv), 2), conv.bias)
+    input = torch.randn(2, 6, 7, 7)
+    assert torch.equal(torch.jit.script(module)(input), module(input))
+
+
 def test_flags_layout_and_class_are_kept():
     class Doubled(nn.Conv2d):
         def forward(self, input):

@@ -7,7 +7,7 @@ groups, P taps. A form writes it as a sum of products of smaller factors.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -231,8 +231,14 @@ class SeparatedConv(nn.Sequential):
         shape: the sizes of the dense convolution.
     """
 
-    form: Form
-    shape: Shape
+    if TYPE_CHECKING:  # TorchScript knows neither
+        form: Form
+        shape: Shape
+    # nor what the properties compute
+    __jit_unused_properties__ = (
+        *("spatial_conv", "in_channels", "out_channels", "groups", "kernel_size", "stride"),
+        *("padding", "dilation", "padding_mode", "weight", "bias"),
+    )
 
     def extra_repr(self) -> str:
         """Show the form."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..cost import preserving
 from ..failures import in_a_line
 from .following import NOTHING, Sequel, Stop, followed, hooked
 from .forms import CONVS, TRANSPOSED, Shape
@@ -354,14 +354,9 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model cannot be copied.
     """
-    kept = (value for module in model.modules() for value in vars(module).values())
-    memo = {
-        id(value): value.detach().clone()
-        for value in kept
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
     try:
-        return copy.deepcopy(model, memo)
+        twin: nn.Module = preserving.copied(model)
+        return twin
     except Exception as error:  # whatever it holds may raise
         raise ValueError(
             f"`model` cannot be copied: {in_a_line(error)}; take out of it what cannot (locks, "
