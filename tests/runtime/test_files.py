@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import separable
-from separable.runtime import CompiledModel, fusing, jit
+from separable.runtime import CompiledModel, jit
 from separable.runtime.emit.kernel import Kernel
 from separable.runtime.emit.resample import Resample, table
 from separable.runtime.execute import Program
 from separable.runtime.files import _kernel
 from separable.runtime.machine import host
 from separable.runtime.memory import aligned
+from separable.runtime.scheduling import fusing
 from separable.runtime.validation import footprints
 
 from .kernels import run
