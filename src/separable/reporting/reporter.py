@@ -17,10 +17,10 @@ from ..conversion.calibration import Inputs
 from ..conversion.converting import frontier as converted_within
 from ..conversion.plans import Budget, NothingToConvert
 from ..conversion.sensitivity import divergence, is_logits, tensors
+from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
 from ..cost.measuring import check_timing
-from ..cost.preserving import copied
 from ..failures import in_a_line
 from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
@@ -103,7 +103,7 @@ def report(
     if data is not None and not isinstance(data, Iterable):
         raise TypeError(f"`data` (={data!r}) must be batches (inputs, labels) of tensors")
     check_timing(repeats=repeats, min_seconds=min_seconds, threads=threads)
-    original = copied(model).eval()
+    original = frozen_copy(model)
     given = make_inputs(original, input_size, inputs=inputs).args
     given = tuple(each.clone() if isinstance(each, Tensor) else each for each in given)
     if data is not None:
@@ -118,7 +118,7 @@ def report(
         if converted is not None:
             own = getattr(converted, "report", None)
             name = own.plan.budget if isinstance(own, Conversion) else "converted"
-            contenders.append(_Contender(name, copied(converted).eval(), given, "converted"))
+            contenders.append(_Contender(name, frozen_copy(converted), given, "converted"))
             _check_outputs("converted", *contenders)
         obstacle = ""
         try:
@@ -138,7 +138,7 @@ def report(
             obstacle = error.why
         is_converted = len(contenders) > 1
         contenders += [
-            _Contender(name, copied(network).eval(), given)
+            _Contender(name, frozen_copy(network), given)
             for name, network in (beside or {}).items()
         ]
         for other in contenders[len(contenders) - len(beside or ()) :]:

@@ -23,7 +23,7 @@ from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.expression import PRIMITIVES, Expression, operands_of
 from .emit.kernel import Kernel
-from .emit.reduction import Columns, Rows
+from .emit.reduction import REDUCTIONS, Columns, Rows
 from .emit.relayout import Relayout
 from .emit.resample import Resample
 from .emit.window import Window, WindowTile
@@ -250,7 +250,7 @@ def _map(does: Map, kernel: Kernel) -> tuple[list[int], int]:
 def _columns(does: Columns, kernel: Kernel) -> tuple[list[int], int]:
     x = _reach((*does.kept, *does.reduced), (*does.x_kept, *does.x_reduced))
     _require(
-        kind=does.kind in ("mean", "max"),
+        kind=does.kind in REDUCTIONS,
         kept=len(does.kept) >= 1,
         x_kept=does.x_kept[-1:] == (1,),
     )
@@ -260,12 +260,12 @@ def _columns(does: Columns, kernel: Kernel) -> tuple[list[int], int]:
 
 def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
     _require(
-        kind=does.kind in ("norm", "softmax", "log_softmax", "mean", "max"),
+        kind=does.kind in ("norm", "softmax", "log_softmax", *REDUCTIONS),
         sizes=len(does.sizes) >= 1,
         x_strides=does.x_strides[-1:] == (1,),
         y_strides=does.kind != "softmax" or does.y_strides[-1:] == (1,) or does.sizes[-1] == 1,
     )
-    out = (*does.sizes[:-1], 1) if does.kind in ("mean", "max") else does.sizes
+    out = (*does.sizes[:-1], 1) if does.kind in REDUCTIONS else does.sizes
     extras = [_reach(out, strides) for strides in does.extra_strides]
     x, y = _reach(does.sizes, does.x_strides), _written(out, does.y_strides)
     return [x, *extras, y], 1 + len(extras)

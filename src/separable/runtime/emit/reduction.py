@@ -23,6 +23,7 @@ from .elementwise import load_strided, store_strided
 from .expression import Expression
 
 _VECTORS = 4  # channel vectors summed side by side
+REDUCTIONS = ("mean", "max")  # of which one value is left
 _CHAIN = 16  # values added up in one go; rounding errors grow with the root of the length
 
 
@@ -103,6 +104,7 @@ def emit_columns(columns: Columns, machine: Machine) -> str:
     whole = channels // group
     rest = channels - whole * group
     count = math.prod(columns.reduced)
+    how = "add" if columns.kind == "mean" else "max"
 
     def vectors(place: list[Index], c: Index, lanes: list[int]) -> None:
         start = b.at(x, b.add(b.dot(place, columns.x_kept[:-1]), c))
@@ -114,7 +116,7 @@ def emit_columns(columns: Columns, machine: Machine) -> str:
             def turn(i: Index) -> list[Value]:
                 return total(axis + 1, b.at(pointer, b.mul(i, columns.x_reduced[axis])))
 
-            return _fold(b, columns.kind, columns.reduced[axis], turn, len(lanes))
+            return _fold(b, how, columns.reduced[axis], turn, len(lanes))
 
         for v, (value, n) in enumerate(zip(total(0, start), lanes, strict=True)):
             at = b.add(c, v * b.width)
@@ -153,23 +155,23 @@ def emit_columns(columns: Columns, machine: Machine) -> str:
     return b.finish()
 
 
-_START = {"mean": 0.0, "max": -math.inf}
+_START = {"add": 0.0, "max": -math.inf}
 
 
-def _join(b: Builder, kind: str, x: Value, y: Value) -> Value:
-    return b.ir.fadd(x, y) if kind == "mean" else expression.PRIMITIVES["max"][0](b, x, y)
+def _join(b: Builder, how: str, x: Value, y: Value) -> Value:
+    return expression.PRIMITIVES[how][0](b, x, y)
 
 
 def _fold(
-    b: Builder, kind: str, count: int, turn: Callable[[Index], list[Value]], vectors: int
+    b: Builder, how: str, count: int, turn: Callable[[Index], list[Value]], vectors: int
 ) -> list[Value]:
     """Join the `vectors` of `turn(i)` for `0 <= i < count`, as a tree of short sums or maxima."""
 
     def join(totals: Sequence[Value], values: Sequence[Value]) -> list[Value]:
-        return [_join(b, kind, t, v) for t, v in zip(totals, values, strict=True)]
+        return [_join(b, how, t, v) for t, v in zip(totals, values, strict=True)]
 
     def total(start: Index, count: int) -> list[Value]:
-        before = [b.constant(_START[kind])] * vectors
+        before = [b.constant(_START[how])] * vectors
         if count <= _CHAIN:
             return b.loop(0, count, lambda i, *t: join(t, turn(b.add(start, i))), before)
         block = _CHAIN
@@ -193,7 +195,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
 
     def fold(
         pointer: Value,
-        kind: str,
+        how: str,
         value: Callable[[Value, Index, int], Value] = lambda v, i, n: v,
     ) -> Value:
         """Join `value(vector, position, lanes)` over the row, into every lane."""
@@ -201,18 +203,18 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
         def vector(i: Index) -> Value:
             return value(b.load(b.at(pointer, i)), i, b.width)
 
-        (total,) = _fold(b, kind, whole // b.width, lambda i: [vector(b.mul(i, b.width))], 1)
+        (total,) = _fold(b, how, whole // b.width, lambda i: [vector(b.mul(i, b.width))], 1)
         if whole < length:
             n = length - whole
             last = value(b.load(b.at(pointer, whole), n), whole, n)
             used = ir.Constant(
                 ir.VectorType(ir.IntType(1), b.width), [lane < n for lane in range(b.width)]
             )
-            total = _join(b, kind, total, b.ir.select(used, last, b.constant(_START[kind])))
+            total = _join(b, how, total, b.ir.select(used, last, b.constant(_START[how])))
         distance = b.width // 2
         while distance:
             other = b.pick(total, [lane ^ distance for lane in range(b.width)])
-            total = _join(b, kind, total, other)
+            total = _join(b, how, total, other)
             distance //= 2
         return total
 
@@ -239,7 +241,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
             store_strided(b, result, b.at(target, b.mul(i, step)), step, n)
 
         size = b.constant(float(length))
-        if "softmax" in rows.kind:
+        if rows.kind in ("softmax", "log_softmax"):
             largest = fold(source, "max")
 
             def power(value: Value, i: Index, n: int) -> Value:
@@ -248,7 +250,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
                     b.store(result, b.at(target, i), n)
                 return result
 
-            total = fold(source, "mean", power)
+            total = fold(source, "add", power)
             if rows.kind == "log_softmax":
                 logarithm = expression.PRIMITIVES["log"][0](b, total)
 
@@ -267,7 +269,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
         if rows.kind == "max":
             finish(fold(source, "max"), 0, 1)
             return
-        mean = b.ir.fdiv(fold(source, "mean"), size)
+        mean = b.ir.fdiv(fold(source, "add"), size)
         if rows.kind == "mean":
             finish(mean, 0, 1)
             return
@@ -276,7 +278,7 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
             away = b.ir.fsub(value, mean)
             return b.ir.fmul(away, away)
 
-        variance = b.ir.fdiv(fold(source, "mean", square), size)
+        variance = b.ir.fdiv(fold(source, "add", square), size)
         deviation = b.intrinsic("sqrt", b.ir.fadd(variance, b.constant(rows.eps)))
         scale = b.broadcast(
             b.ir.fdiv(b.constant(1.0, F32), b.ir.extract_element(deviation, I32(0)))
@@ -316,11 +318,11 @@ def reference_rows(rows: Rows, x: torch.Tensor, extras: Sequence[torch.Tensor]) 
     whole = x.as_strided(rows.sizes, rows.x_strides)
     if rows.kind == "softmax":
         return whole.softmax(-1)
-    sizes = (*rows.sizes[:-1], 1) if rows.kind in _START else rows.sizes
+    sizes = (*rows.sizes[:-1], 1) if rows.kind in REDUCTIONS else rows.sizes
     views = [
         e.as_strided(sizes, strides) for e, strides in zip(extras, rows.extra_strides, strict=True)
     ]
-    if rows.kind in _START:
+    if rows.kind in REDUCTIONS:
         return expression.evaluate(rows.epilogue, [_reduced(rows.kind, whole, (-1,), True), *views])
     if rows.kind == "log_softmax":
         return expression.evaluate(rows.epilogue, [whole.log_softmax(-1), *views])

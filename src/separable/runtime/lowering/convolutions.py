@@ -9,7 +9,18 @@ from typing import Any
 import torch
 
 from ..graph import Node, constant
-from .registry import LOWERINGS, Lowered, lowers, on_a_row, pair, rearranged, shape_of, view, zeros
+from .registry import (
+    LOWERINGS,
+    Lowered,
+    fixed,
+    lowers,
+    on_a_row,
+    pair,
+    rearranged,
+    shape_of,
+    view,
+    zeros,
+)
 from .sampling import padded
 
 
@@ -23,7 +34,7 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Lowered:
-    if weight.kind != "constant" or (bias and bias.kind != "constant"):
+    if not fixed(weight, bias):
         return None
     if len(shape_of(x)) != len(shape_of(weight)):  # no batch axis
         return None
@@ -143,7 +154,7 @@ def _transposed(
     dilation: Any = 1,
 ) -> Lowered:
     """A regular convolution whose outputs are put in their places; dilated ones have no kernel."""
-    if weight.kind != "constant" or (bias and bias.kind != "constant"):
+    if not fixed(weight, bias):
         return None
     if len(shape_of(x)) != len(shape_of(weight)) or set(pair(dilation)) != {1}:
         return None

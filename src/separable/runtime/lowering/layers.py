@@ -14,6 +14,7 @@ from .registry import (
     Lowered,
     along_channels,
     elementwise,
+    fixed,
     lowers,
     product,
     shape_of,
@@ -25,7 +26,7 @@ from .registry import (
 
 @lowers("linear.default")
 def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
-    if weight.kind != "constant" or (bias and bias.kind != "constant"):
+    if not fixed(weight, bias):
         return None
     out, inner = shape_of(weight)
     *lead, _ = shape_of(x)
@@ -71,8 +72,7 @@ def _batch_norm(
     eps: float,
     cudnn: bool = False,
 ) -> Lowered:
-    parts = (weight, bias, mean, var)
-    if training or mean is None or var is None or any(p and p.kind != "constant" for p in parts):
+    if training or mean is None or var is None or not fixed(weight, bias, mean, var):
         return None
     scale, offset = (p.attributes["recipe"] if p else None for p in (weight, bias))
     read_mean, read_var = mean.attributes["recipe"], var.attributes["recipe"]
@@ -109,7 +109,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn: bool = False,
 ) -> Lowered:
-    if any(p and p.kind != "constant" for p in (weight, bias)):
+    if not fixed(weight, bias):
         return None
     rows = (*shape_of(x)[: -len(shape)], math.prod(shape))
     whole = x if len(shape) == 1 else view(x, "reshape", rows)
@@ -138,7 +138,7 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn: bool = False,
 ) -> Lowered:
-    if any(p and p.kind != "constant" for p in (weight, bias)):
+    if not fixed(weight, bias):
         return None
     n, c, *size = shape_of(x)
     pixels, each = math.prod(size), c // groups
@@ -212,7 +212,7 @@ def _instance_norm(
 def _rms_norm(
     x: Node, shape: Sequence[int], weight: Node | None = None, eps: float | None = None
 ) -> Lowered:
-    if weight and weight.kind != "constant":
+    if not fixed(weight):
         return None
     rank = len(shape_of(x))
     axes = tuple(range(rank - len(shape), rank))

@@ -76,6 +76,11 @@ def on_a_row(fill: int, value: int | Sequence[int]) -> tuple[int, int]:
     return (fill, value if isinstance(value, int) else value[0])
 
 
+def fixed(*parameters: Node | None) -> bool:
+    """Whether those that are given are constants."""
+    return all(p is None or p.kind == "constant" for p in parameters)
+
+
 def zeros(count: int) -> Node:
     """A constant: the bias of a layer that has none."""
     return constant(lambda: torch.zeros(count, dtype=torch.float32), (count,))

@@ -14,7 +14,7 @@ from ..emit.tiling import merge_axes
 from ..emit.window import Window
 from ..graph import Node
 from ..memory import CHANNELS_LAST, Buffer, Place
-from .scheduler import Scheduler, image_strides, schedules
+from .scheduler import Scheduler, schedules
 from .tiles import choose_conv_tile
 
 
@@ -91,16 +91,16 @@ def _product(s: Scheduler, node: Node) -> None:
     extras = s.extras(node, rank - 1)
     y = s.memory.allocate(node, range(rank))
     missing = 4 - rank
+    batch, heads = [1] * missing + lead
 
     def walk(place: Place, *axes: int) -> tuple[int, ...]:
         leading = [0] * missing + [place.strides[i] for i in range(rank - 2)]
         return (*leading, *(place.strides[axis] for axis in axes))
 
-    size = ([1] * missing + lead)[1], rows
     does = Conv(
-        batch=([1] * missing + lead)[0],
-        size=size,
-        in_size=size,
+        batch=batch,
+        size=(heads, rows),
+        in_size=(heads, rows),
         channels=(x.shape[-1], outputs),
         x_strides=walk(x, -2, -1),
         y_strides=walk(y, -2),
@@ -114,21 +114,8 @@ def _product(s: Scheduler, node: Node) -> None:
 @schedules("window")
 def _window(s: Scheduler, node: Node) -> None:
     assert node.shape is not None
-    attributes = node.attributes
-    x = s.lanes(s.memory.place(node.inputs[0]), 1)
-    extras = s.extras(node, 1)
-    y = s.memory.allocate(node, CHANNELS_LAST)
-    does = Window(
-        batch=node.shape[0],
-        size=(node.shape[2], node.shape[3]),
-        in_size=(x.shape[2], x.shape[3]),
-        channels=x.shape[1],
-        x_strides=image_strides(x),
-        y_strides=image_strides(y),
-        extra_strides=tuple((*image_strides(e), e.strides[1]) for e in extras),
-        epilogue=node.epilogue,
-        **attributes,
-    )
+    x, extras, y, sizes = s.images(node)
+    does = Window(**sizes, **node.attributes)
     weights: list[tuple[Buffer, int]] = []
     if does.kind == "conv":
         w, b = (source.attributes["recipe"] for source in node.inputs[1:3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..emit.elementwise import Map
 from ..emit.expression import Expression, operand
@@ -11,7 +12,7 @@ from ..emit.kernel import Description, Kernel
 from ..emit.tiling import merge_axes
 from ..graph import Graph, Node
 from ..machine import Machine
-from ..memory import Buffer, Place, dense
+from ..memory import CHANNELS_LAST, Buffer, Place, dense
 from ..steps import Schedule, Step
 from .fusing import fuse_chains
 from .placing import Memory
@@ -109,6 +110,24 @@ class Scheduler:
             places.append(place)
         return places
 
+    def images(self, node: Node) -> tuple[Place, list[Place], Place, dict[str, Any]]:
+        """For kernels from images to images: input, extras, output, and what describes them."""
+        assert node.shape is not None
+        x = self.lanes(self.memory.place(node.inputs[0]), 1)
+        extras = self.extras(node, 1)
+        y = self.memory.allocate(node, CHANNELS_LAST)
+        sizes = {
+            "batch": node.shape[0],
+            "size": node.shape[2:],
+            "in_size": x.shape[2:],
+            "channels": x.shape[1],
+            "x_strides": _image_strides(x),
+            "y_strides": _image_strides(y),
+            "extra_strides": tuple((*_image_strides(e), e.strides[1]) for e in extras),
+            "epilogue": node.epilogue,
+        }
+        return x, extras, y, sizes
+
     def step(
         self, node: Node | None, does: Description, places: Sequence[Place | tuple[Buffer, int]]
     ) -> None:
@@ -150,7 +169,7 @@ def schedules(kind: str) -> Callable[..., Callable[[Scheduler, Node], None]]:
     return register
 
 
-def image_strides(place: Place) -> tuple[int, int, int]:
+def _image_strides(place: Place) -> tuple[int, int, int]:
     """Along (N, H, W)."""
     n, _, h, w = place.strides
     return (n, h, w)

@@ -10,9 +10,8 @@ from ..emit.reduction import Columns, Rows
 from ..emit.resample import Resample
 from ..emit.tiling import merge_axes
 from ..graph import Node
-from ..memory import CHANNELS_LAST
 from .placing import channels_last
-from .scheduler import Scheduler, image_strides, schedules
+from .scheduler import Scheduler, schedules
 
 
 @schedules("map")
@@ -95,20 +94,8 @@ def _rows(s: Scheduler, node: Node, kind: str, axis: int, eps: float = 0.0) -> N
 @schedules("resample")
 def _resample(s: Scheduler, node: Node) -> None:
     assert node.shape is not None
-    x = s.lanes(s.memory.place(node.inputs[0]), 1)
-    extras = s.extras(node, 1)
-    y = s.memory.allocate(node, CHANNELS_LAST)
-    does = Resample(
-        batch=node.shape[0],
-        size=(node.shape[2], node.shape[3]),
-        in_size=(x.shape[2], x.shape[3]),
-        channels=x.shape[1],
-        x_strides=image_strides(x),
-        y_strides=image_strides(y),
-        extra_strides=tuple((*image_strides(e), e.strides[1]) for e in extras),
-        epilogue=node.epilogue,
-        **node.attributes,
-    )
+    x, extras, y, sizes = s.images(node)
+    does = Resample(**sizes, **node.attributes)
     entries = s.memory.constant(
         sum(does.size) * resample_kernel.ENTRY, lambda: resample_kernel.table(does)
     )
