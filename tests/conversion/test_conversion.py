@@ -16,6 +16,7 @@ from separable.conversion.applying import finished, fitted
 from separable.conversion.calibration import Inputs
 from separable.conversion.plans import NothingToConvert
 from separable.conversion.sensitivity import divergence
+from separable.conversion.sites import trace
 
 FEW = "positions; more calibration"
 
@@ -241,7 +242,12 @@ def test_an_error_budget_finds_the_least_multiply_adds(gain, floor, expected, mo
     monkeypatch.setattr(planning, "finished", last)
     goal = SimpleNamespace(limit=limit)
     task = SimpleNamespace(
-        original=None, progress=False, goal=goal, plan=lambda _: 1.0, within=within
+        original=None,
+        found=SimpleNamespace(sites=()),
+        progress=False,
+        goal=goal,
+        plan=lambda _: 1.0,
+        within=within,
     )
     resolution = 1000 ** (0.5**planning.TRIALS)
     assert expected <= planning._for_error(task, None) <= expected * resolution
@@ -251,7 +257,7 @@ def test_an_error_budget_finds_the_least_multiply_adds(gain, floor, expected, mo
 def test_the_last_pass_never_raises_the_measured_error(model, inputs, monkeypatch):
     plan = separable.plan(model, inputs, "macs=0.4", progress=False)
     given = Inputs(inputs, model)
-    once, report = fitted(model, plan, given, progress=False)
+    once, report = fitted(model, plan, trace(model, given.first), given, progress=False)
 
     def worse(converted, *_):
         result = copy.deepcopy(converted)

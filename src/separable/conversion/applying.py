@@ -114,7 +114,12 @@ def apply(model: nn.Module, plan: Plan, calibration: Any, *, progress: bool = Tr
     original = frozen_copy(model)
     _check_plan(original, plan)
     inputs = None if calibration is None else Inputs(calibration, original)
-    converted, report = fitted(original, plan, inputs, progress)
+    first, further = (None, ()) if inputs is None else (inputs.first, inputs)
+    sites = trace(original, first, further)
+    if inputs is not None:
+        changing = {row.name for row in plan.rows if row.form is not None}
+        check_reached(original, [s for s in sites if s.name in changing], inputs.first, inputs)
+    converted, report = fitted(original, plan, sites, inputs, progress)
     if inputs is not None:
         converted, report = finished(converted, report, original, inputs, progress)
     for name, module in converted.named_modules():
@@ -153,6 +158,7 @@ def _source(model: nn.Module, name: str) -> nn.Module | None:
 def fitted(
     original: nn.Module,
     plan: Plan,
+    sites: Iterable[Site],
     inputs: Inputs | None,
     progress: bool,
 ) -> tuple[nn.Module, Report]:
@@ -161,6 +167,7 @@ def fitted(
     Args:
         original: the network, in eval mode; left as it is.
         plan: the plan.
+        sites: the network's layers, as `trace` finds them on the inputs.
         inputs: calibration inputs, or None.
         progress: whether to show a progress bar.
     """
@@ -172,14 +179,12 @@ def fitted(
             stacklevel=3,
         )
     converted = copied(original)
-    first, further = (None, ()) if inputs is None else (inputs.first, inputs)
-    sites = {s.name: s for s in trace(original, first, further)}
+    by_name = {site.name: site for site in sites}
     changing = [row for row in plan.rows if row.form is not None]
     shown, kind = None, plan.outputs
     slopes: dict[str, Tensor] = {}
     if inputs is not None:
-        kind, found = inputs.measured(kind), [sites[row.name] for row in changing]
-        check_reached(original, found, inputs.first, inputs)
+        kind, found = inputs.measured(kind), [by_name[row.name] for row in changing]
         macs = sum(row.macs_before for row in plan.rows)
         shown = Varied(inputs, macs, plan.seed).taken_by(original)
         slopes = fisher(original, found, shown, plan.seed, kind, inputs.whole)
@@ -189,7 +194,7 @@ def fitted(
     with tqdm(total=total, bar_format=_SHARE, smoothing=0, disable=not progress) as bar:
         for row in changing:
             bar.set_description(f"fitting {row.name}", refresh=False)
-            site = sites[row.name]
+            site = by_name[row.name]
             slope = slopes.get(row.name)
             form = _settled(original, converted, site, row, slope, shown, plan.seed)
             converted = replaced(converted, site.names, form)

@@ -92,7 +92,7 @@ def frontier(
     original, inputs = surveyed.original, surveyed.inputs
     found: dict[str, nn.Module] = {}
     for each, chosen in {each: surveyed.choose(each) for each in budgets}.items():
-        network, report = fitted(original, chosen, inputs, progress)
+        network, report = fitted(original, chosen, surveyed.sites, inputs, progress)
         with_report(network, report, model)
         is_error = Budget.parse(each).quantity == "error"
         if each != budget and not is_error:

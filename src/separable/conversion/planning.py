@@ -22,7 +22,7 @@ from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
 from .plans import Budget, NothingToConvert, Plan, check_outputs, check_seed, unmet
 from .sensitivity import Outputs
-from .sites import copied, frozen_copy, replaced, trace
+from .sites import Site, copied, frozen_copy, replaced, trace
 
 TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
@@ -111,6 +111,11 @@ class Survey:
     progress: bool
     timed: dict[Any, float] = field(default_factory=dict)
     """seconds of the options that were timed so far"""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The network's layers, as the inputs reach them."""
+        return next(iter(self.found.values())).sites
 
     @torch.inference_mode(False)
     def choose(self, budget: str) -> Plan:
@@ -263,7 +268,7 @@ def _for_error(task: _Task, inputs: Inputs) -> Plan:
         except ValueError:
             low = middle
             continue
-        found, report = fitted(task.original, tried, inputs, task.progress)
+        found, report = fitted(task.original, tried, task.found.sites, inputs, task.progress)
         assert report.error is not None
         if limit < report.error <= HOPE * limit:
             _, report = finished(found, report, task.original, inputs, task.progress)
