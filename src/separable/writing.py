@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,7 @@ class _Planned(NamedTuple):
             raise FileExistsError(f"{str(path)!r} is no regular file; name one")
         # the start of a name that may be as long as names can be, and what tells it from others
         short = f"{target.stem[:40]}-{zlib.crc32(os.fsencode(target.name)):08x}"
-        temporary = target.with_name(f".{short}.{os.getpid()}{target.suffix}")
+        temporary = target.with_name(f".{short}.{secrets.token_hex(4)}{target.suffix}")
         if target.exists():
             return cls(temporary, target, stat.S_IMODE(target.stat().st_mode))
         temporary.touch()  # a new one gets what is usual there

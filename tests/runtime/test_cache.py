@@ -67,6 +67,16 @@ def test_an_entry_of_another_kernel_is_not_taken(cache: Path) -> None:
     assert torch.equal(double(x), 2 * x)
 
 
+def test_an_interrupted_write_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        double(torch.randn(37))
+    assert not list(cache.iterdir())
+
+
 def test_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEPARABLE_CACHE", "0")
     double(torch.randn(37))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_round_trip(tmp_path: Path, same_cpu: bool, monkeypatch: pytest.MonkeyPa
     again = tmp_path / "again"
     loaded.save(again)
     assert torch.equal(separable.load_compiled(again)(x)["scores"], theirs["scores"])
+
+
+def test_files_are_replaced_as_others_are(tmp_path: Path) -> None:
+    compiled = separable.compile(nn.ReLU().eval(), torch.randn(1, 3))
+    target, link = tmp_path / ("a" * 250 + ".bin"), tmp_path / "link"
+    compiled.save(target)
+    target.chmod(0o640)
+    link.symlink_to(target)
+    compiled.save(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert sorted(tmp_path.iterdir()) == [target, link]
 
 
 def test_damaged_files(saved: bytes, tmp_path: Path) -> None:

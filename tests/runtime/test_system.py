@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import separable
-from separable.runtime import jit
+from separable.runtime import benchmarking, dynamo, jit
 from separable.runtime.benchmarking import benchmark
 from separable.runtime.dynamo import GraphRunner, backend
-from separable.runtime.machine import host
+from separable.runtime.machine import available_isas, host
 from separable.runtime.memory import Buffer, plan_arena
 
 
@@ -65,6 +66,33 @@ def test_torch_compile() -> None:
     torch.compiler.reset()
 
 
+def test_the_oldest_shape_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "SHAPES", 2)
+    made: list[Any] = []
+    fast = torch.compile(
+        network(), backend=lambda *args: made.append(backend(*args)) or made[-1], dynamic=True
+    )
+    with torch.no_grad():
+        for batch in (2, 3, 4, 2):
+            x = torch.randn(batch, 3, 20, 20)
+            torch.testing.assert_close(fast(x), network()(x))
+    assert [len(runner._compiled) for runner in made] == [2]
+    torch.compiler.reset()
+
+
+def test_a_kernel_that_would_leave_its_buffers_is_no_reason_to_go_back_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("beyond its buffers")
+
+    monkeypatch.setattr("separable.runtime.backend.check_footprint", broken)
+    fast = torch.compile(network(), backend="separable")
+    with torch.no_grad(), pytest.raises(ValueError, match="beyond its buffers"):
+        fast(torch.randn(1, 3, 20, 20))
+    torch.compiler.reset()
+
+
 def test_entry_point() -> None:
     import tomllib
 
@@ -100,6 +128,19 @@ def test_benchmark() -> None:
     assert benchmark(network(), (1, 3, 20, 20), against=[], turns=1).peak_share > 0
     with pytest.raises(ValueError, match="known are"):
         benchmark(network(), (1, 3, 20, 20), against=["tensorflow"])
+
+
+@pytest.mark.skipif("sse2" not in available_isas(), reason="a CPU without SSE2")
+def test_all_of_ours_is_benchmarked_for_one_isa(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, sets = benchmarking.compile_model, []
+
+    def spy(*args: Any, **named: Any) -> object:
+        sets.append(named.get("isa"))
+        return compiled(*args, **named)
+
+    monkeypatch.setattr(benchmarking, "compile_model", spy)
+    benchmark(network(), (1, 3, 20, 20), against=["unfused"], turns=1, isa="sse2")
+    assert sets == ["sse2", "sse2"]
 
 
 def test_benchmark_says_whose_output_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """The CPU runtime: networks as machine code for this CPU, generated from Python.
 
-graph      a torch graph as the runtime's own operators, folded and fused
-schedule   operator and machine -> layout, tile, memory
-emit       one file per kernel family: description in, LLVM IR out
-jit        verify, optimise, cache, load
-execute    threads and calls
-backend    `compile` and the torch.compile backend
+backend     `compile`: all passes in order; `dynamo`: the same behind torch.compile
+importing   a torch graph as nodes, by `lowering`: one small function per operator
+graph       nodes, folded and fused
+scheduling  nodes and machine -> layout, tile, memory
+emit        one file per kernel family: description in, LLVM IR out
+jit         verify, optimise, cache, load
+execute     threads and calls; `compiled`: what the user calls
+files       compiled models on disk
 """
 
 from .backend import compile

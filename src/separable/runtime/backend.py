@@ -94,7 +94,7 @@ def compile(
 
 
 def traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    """The graph of a model; raises `ValueError` where torch can't trace it."""
+    """The graph of a model; raises `Untraceable` where torch can't trace it."""
     # an argument given twice would be taken for one
     args = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
     try:
@@ -103,8 +103,12 @@ def traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProg
         raise _untraceable(error) from error
 
 
-def _untraceable(error: Exception) -> ValueError:
-    return ValueError(
+class Untraceable(ValueError):
+    """A network that torch can't trace as one graph, or that writes into what it is given."""
+
+
+def _untraceable(error: Exception) -> Untraceable:
+    return Untraceable(
         f"`model` can't be traced as one graph for `example_inputs`: {in_a_line(error)}; "
         'torch.compile(model, backend="separable") compiles the parts that can'
     )
@@ -127,13 +131,16 @@ def build(
         constants: by placeholder, how to read the weights of a graph.
         weights: where those are watched.
         fuse: join convolutions where that is estimated to be faster.
+
+    Raises:
+        Untraceable: if the graph writes into its inputs or weights.
     """
 
     def translate(program: torch.export.ExportedProgram) -> Graph:
         module, signature = program.graph_module, program.graph_signature
         written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
         if written:
-            raise ValueError(
+            raise Untraceable(
                 f"the model writes into its input or a weight ({', '.join(written.values())}); "
                 "let it work on a copy (`x = x.clone()`)"
             )

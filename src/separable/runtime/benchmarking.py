@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import io
 import platform
@@ -29,6 +30,7 @@ from .onnx_graph import onnx_program
 from .roofline import Peak
 
 Runner = Callable[[], Any]
+Start = Callable[[nn.Module, torch.Tensor, int], Runner]
 _CALLS = 3  # measured per turn
 _WARM = 0.05  # seconds of calls before them, in which caches and clock come back from the rest
 _REST = 0.1  # seconds before a turn, in which the threads of the one before stop spinning
@@ -180,13 +182,14 @@ def _benchmark(
             "and no runtime can be held to that; check its weights"
         )
     compiled = compile_model(model, x, threads=threads, isa=isa)
+    peers: dict[str, Start] = {**_RUNTIMES, "unfused": functools.partial(_unfused, isa=isa)}
     runners: dict[str, Runner] = {"separable": lambda: compiled(x)}
     notes: dict[str, str] = {}
     with progress("compiling", len(against), "runtime") as bar:
         for name in against:
             bar.set_description(f"compiling for {name}", refresh=False)
             try:
-                runners[name] = _RUNTIMES[name](model, x, threads)
+                runners[name] = peers[name](model, x, threads)
                 runners[name]()
             except Exception as error:  # a runtime that is missing or fails is a row of the table
                 runners.pop(name, None)
@@ -267,8 +270,8 @@ def _version(runtime: str) -> str:
         return ""
 
 
-def _unfused(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
-    compiled = compile_model(model, x, threads=threads, fuse=False)
+def _unfused(model: nn.Module, x: torch.Tensor, threads: int, isa: str | None = None) -> Runner:
+    compiled = compile_model(model, x, threads=threads, isa=isa, fuse=False)
     return lambda: compiled(x)
 
 
@@ -338,7 +341,7 @@ def _openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
     return lambda: next(iter(request.infer([data]).values()))
 
 
-_RUNTIMES: dict[str, Callable[[nn.Module, torch.Tensor, int], Runner]] = {
+_RUNTIMES: dict[str, Start] = {
     "unfused": _unfused,
     "eager": _eager,
     "channels_last": _channels_last,

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..limits import check_threads
 from . import machine as machines
-from .backend import build, traced
+from .backend import Untraceable, build, traced
 from .compiled import CompiledModel
 from .graph import Recipe
 from .memory import Form
@@ -48,6 +48,10 @@ def backend(
     )
 
 
+SHAPES = 64
+"""compilations of one graph that are kept, each with packed weights; the oldest goes first"""
+
+
 class GraphRunner:
     """Runs a traced graph, compiled once per combination of argument shapes.
 
@@ -74,8 +78,11 @@ class GraphRunner:
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
-                compiled = self._compiled.get(key) or self._compile(args)
-                self._compiled[key] = compiled
+                compiled = self._compiled.get(key)
+                if compiled is None:
+                    while len(self._compiled) >= SHAPES:
+                        self._compiled.pop(next(iter(self._compiled)))
+                    compiled = self._compiled[key] = self._compile(args)
         return compiled(*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -92,7 +99,7 @@ class GraphRunner:
             with torch.no_grad():
                 exported = traced(self._module, args)
                 program = build(exported, self._machine, self._threads, constants, weights)
-        except ValueError:  # the graph writes into its arguments, or can't be traced apart
+        except Untraceable:
             return self._module.forward
         spec = exported.call_spec.out_spec
         assert spec is not None

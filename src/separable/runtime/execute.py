@@ -7,7 +7,9 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -310,7 +312,7 @@ class Program:
                     torch.Tensor, torch.Tensor.clone, result
                 )
 
-    @property
+    @cached_property
     def _input_numbers(self) -> dict[Node, int]:
         return {node: i for i, node in enumerate(self.schedule.arguments)}
 
@@ -332,7 +334,9 @@ class Program:
         return self._new_frame()
 
     def _new_frame(self) -> _Frame:
-        _LATE[:] = [frame for frame in _LATE if not frame.idle]
+        for late in [frame for frame in _LATE if frame.idle]:
+            with suppress(ValueError):  # another thread was faster
+                _LATE.remove(late)
         bases = array("q", bytes(8 * (self._fixed_bases + self.threads)))
         arena = _aligned_floats(self._arena_floats)
         bases[0] = arena.data_ptr()

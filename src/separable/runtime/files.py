@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ..failures import in_a_line
 from ..limits import check_threads
+from ..writing import whole_file
 from . import jit
 from . import machine as machines
 from .compiled import CompiledModel
@@ -189,13 +190,8 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
     )
     content = json.dumps({"format": _FORMAT, "header": dataclasses.asdict(header)}).encode()
     data = b"".join([_MAGIC, struct.pack("<Q", len(content)), content, weights, *binaries])
-    target = Path(path)
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        fresh.write_bytes(data + _DIGEST(data).digest())
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(data + _DIGEST(data).digest())
 
 
 def load_compiled(path: str | os.PathLike[str]) -> CompiledModel:
@@ -205,6 +201,7 @@ def load_compiled(path: str | os.PathLike[str]) -> CompiledModel:
         path: of a file that `CompiledModel.save` wrote.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, foreign, of another format, or describes a model whose
             kernels would leave their buffers.
     """

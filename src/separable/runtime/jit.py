@@ -172,7 +172,7 @@ def _write(folder: Path, key: str, binary: bytes) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_DIGEST(key.encode() + binary).digest() + binary)
             Path(name).replace(folder / key)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             Path(name).unlink(missing_ok=True)
             raise
 

@@ -17,7 +17,7 @@ class Step:
         node: what it computes; `None` for a copy.
         arguments: buffers and offsets in floats, in the kernel's order, the output last.
         kernel: the kernel, or `None` where torch runs.
-        results: a torch step's operands by node.
+        operands: of a torch step, where they lie, by node.
         output: where a torch step's result goes, or `None` if it is no float32 tensor.
         replaces: the steps that a chain was made of.
     """
