@@ -34,13 +34,8 @@ from . import machine as machines
 from .compiled import CompiledModel
 from .emit import driver
 from .emit.chain import Chain, ChainTile
-from .emit.conv import Conv, ConvTile
-from .emit.elementwise import Map
-from .emit.kernel import Kernel
-from .emit.reduction import Columns, Rows
-from .emit.relayout import Relayout
+from .emit.kernel import FAMILIES, Kernel
 from .emit.resample import ENTRY, Resample
-from .emit.window import Window, WindowTile
 from .execute import Program
 from .graph import Node
 from .memory import Buffer, Form, aligned
@@ -50,10 +45,7 @@ from .validation import check_footprint, parsed
 _MAGIC = b"separable-runtime"
 _FORMAT = 5
 _DIGEST = hashlib.sha256
-_KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Conv, Window, Relayout, Map, Columns, Rows, Resample)
-}
-_TILES: dict[type, Any] = {Conv: ConvTile, Window: WindowTile}
+_KINDS = {kind.__name__: kind for kind in FAMILIES if kind is not Chain}
 _CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
 _SECRET_BYTES = 32
 _Shape = tuple[int, ...] | None
@@ -278,7 +270,7 @@ def _kernel(text: str, machine: machines.Machine) -> Kernel:
     stages = [parsed(_KINDS[kind], stage) for kind, stage in described]
     if len(stages) > 1:
         return Kernel(Chain(tuple(stages)), machine, parsed(ChainTile, tile))
-    kind = _TILES.get(type(stages[0]))
+    kind = FAMILIES[type(stages[0])].tile
     return Kernel(stages[0], machine, parsed(kind, tile) if kind else None)
 
 

@@ -271,6 +271,15 @@ def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
     return [x, *extras, y], 1 + len(extras)
 
 
+def _resample(does: Resample, kernel: Kernel) -> tuple[list[int], int]:
+    _require(kind=does.kind in resample.KINDS)
+    out = (does.batch, *does.size, does.channels)
+    x = _reach((does.batch, *does.in_size, does.channels), (*does.x_strides, 1))
+    extras = [_reach(out, strides) for strides in does.extra_strides]
+    y = _written(out, (*does.y_strides, 1))
+    return [x, sum(does.size) * resample.ENTRY, *extras, y], 1 + len(extras)
+
+
 def check_footprint(kernel: Kernel, arguments: Sequence[tuple[Buffer, int]]) -> None:
     """Refuse arguments that a kernel would read or write beyond.
 
@@ -289,15 +298,6 @@ def check_footprint(kernel: Kernel, arguments: Sequence[tuple[Buffer, int]]) -> 
             raise ValueError(
                 f"a kernel needs floats {offset} to {offset + need} of a buffer of {buffer.size}"
             )
-
-
-def _resample(does: Resample, kernel: Kernel) -> tuple[list[int], int]:
-    _require(kind=does.kind in resample.KINDS)
-    out = (does.batch, *does.size, does.channels)
-    x = _reach((does.batch, *does.in_size, does.channels), (*does.x_strides, 1))
-    extras = [_reach(out, strides) for strides in does.extra_strides]
-    y = _written(out, (*does.y_strides, 1))
-    return [x, sum(does.size) * resample.ENTRY, *extras, y], 1 + len(extras)
 
 
 # description: floats touched per argument, and the number of the epilogue's operands

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 from ..machine import Machine
 from . import chain, conv, elementwise, reduction, relayout, resample, window
@@ -18,6 +20,44 @@ from .window import Window, WindowTile
 
 Description = Conv | Window | Relayout | Chain | Map | Columns | Rows | Resample
 Tile = ConvTile | WindowTile | ChainTile
+
+
+class Family(NamedTuple):
+    """What there is to know of the kernels of one kind of description."""
+
+    emit: Callable[[Any, Any, Machine], str]
+    """of a description, its tile and the CPU: the LLVM module"""
+    tasks: Callable[[Any, Any, Machine], int]
+    """of the same: how many independent tasks the work is cut into"""
+    tile: type[Tile] | None = None
+    """how kernels of this kind are cut, if they are"""
+
+
+FAMILIES: dict[type[Description], Family] = {
+    Conv: Family(conv.emit, lambda does, tile, _: math.prod(conv.task_grid(does, tile)), ConvTile),
+    Window: Family(window.emit, lambda *all: math.prod(window.task_grid(*all)), WindowTile),
+    Chain: Family(chain.emit, lambda does, tile, _: chain.tasks(does, tile), ChainTile),
+    Relayout: Family(
+        lambda does, _, machine: relayout.emit(does, machine),
+        lambda does, *_: relayout.tasks(does),
+    ),
+    Map: Family(
+        lambda does, _, machine: elementwise.emit(does, machine),
+        lambda does, _, machine: elementwise.tasks(does, machine),
+    ),
+    Columns: Family(
+        lambda does, _, machine: reduction.emit_columns(does, machine),
+        lambda does, _, machine: reduction.column_tasks(does, machine),
+    ),
+    Rows: Family(
+        lambda does, _, machine: reduction.emit_rows(does, machine),
+        lambda does, *_: reduction.row_tasks(does),
+    ),
+    Resample: Family(
+        lambda does, _, machine: resample.emit(does, machine),
+        lambda does, *_: resample.tasks(does),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -37,26 +77,7 @@ class Kernel:
     @property
     def tasks(self) -> int:
         """How many independent tasks the work is cut into."""
-        match self.does:
-            case Conv():
-                assert isinstance(self.tile, ConvTile)
-                return math.prod(conv.task_grid(self.does, self.tile))
-            case Window():
-                assert isinstance(self.tile, WindowTile)
-                return math.prod(window.task_grid(self.does, self.tile, self.machine))
-            case Relayout():
-                return relayout.tasks(self.does)
-            case Chain():
-                assert isinstance(self.tile, ChainTile)
-                return chain.tasks(self.does, self.tile)
-            case Map():
-                return elementwise.tasks(self.does, self.machine)
-            case Columns():
-                return reduction.column_tasks(self.does, self.machine)
-            case Rows():
-                return reduction.row_tasks(self.does)
-            case Resample():
-                return resample.tasks(self.does)
+        return FAMILIES[type(self.does)].tasks(self.does, self.tile, self.machine)
 
     @property
     def ir(self) -> str:
@@ -66,24 +87,4 @@ class Kernel:
 
 @lru_cache(maxsize=512)
 def _ir(kernel: Kernel) -> str:
-    does, machine = kernel.does, kernel.machine
-    match does:
-        case Conv():
-            assert isinstance(kernel.tile, ConvTile)
-            return conv.emit(does, kernel.tile, machine)
-        case Window():
-            assert isinstance(kernel.tile, WindowTile)
-            return window.emit(does, kernel.tile, machine)
-        case Relayout():
-            return relayout.emit(does, machine)
-        case Chain():
-            assert isinstance(kernel.tile, ChainTile)
-            return chain.emit(does, kernel.tile, machine)
-        case Map():
-            return elementwise.emit(does, machine)
-        case Columns():
-            return reduction.emit_columns(does, machine)
-        case Rows():
-            return reduction.emit_rows(does, machine)
-        case Resample():
-            return resample.emit(does, machine)
+    return FAMILIES[type(kernel.does)].emit(kernel.does, kernel.tile, kernel.machine)
