@@ -20,6 +20,7 @@ import separable
 from separable.conversion.applying import finished, fitted
 from separable.conversion.calibration import Inputs
 from separable.conversion.sensitivity import divergence
+from separable.conversion.sites import trace
 from separable.cost.measuring import device_name
 
 from . import data, networks, rivals, tables
@@ -39,7 +40,8 @@ def ours(model: nn.Module, given: Tensor, fold: float) -> Iterator[tuple[str, nn
     """The conversion without its last pass, and with it, as `separable.convert` gives it."""
     inputs = Inputs(given, model)
     plan = separable.plan(model, given, f"macs={1 / fold}", progress=False)
-    once, report = fitted(model, plan, inputs, progress=False)
+    sites = trace(model, inputs.first, inputs)
+    once, report = fitted(model, plan, sites, inputs, progress=False)
     yield tables.ONCE, once, plan.macs
     yield tables.OURS, finished(once, report, model, inputs, progress=False)[0], plan.macs
 

@@ -12,7 +12,7 @@ from separable.conversion.applying import fitted as fit
 from separable.conversion.calibration import Inputs
 from separable.conversion.refining import refined
 from separable.conversion.sensitivity import divergence
-from separable.conversion.sites import frozen_copy
+from separable.conversion.sites import frozen_copy, trace
 
 
 def network():
@@ -31,7 +31,7 @@ def case():
     inputs = torch.randn(96, 3, 10, 10, generator=torch.Generator().manual_seed(1))
     plan = separable.plan(model, inputs, "macs=0.25", progress=False)
     given = Inputs(inputs, model)
-    fitted, report = fit(model, plan, given, progress=False)
+    fitted, report = fit(model, plan, trace(model, given.first), given, progress=False)
     assert not report.refined
     return model, inputs, fitted
 
