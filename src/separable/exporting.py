@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .conversion import Report, load, merge, save
 from .conversion.sites import frozen_copy
+from .cost.preserving import copied
 from .failures import in_a_line
 from .progress import progress as progress_bar
 from .runtime.checking import TOLERANCE, deviation
@@ -353,7 +353,7 @@ def _run_weights(model: nn.Module, path: Path) -> Run:
     from safetensors.torch import load_file
 
     is_converted = isinstance(getattr(model, "report", None), Report)
-    empty = merge(model) if is_converted else copy.deepcopy(model)
+    empty = merge(model) if is_converted else copied(model)
     for tensor in empty.state_dict().values():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))  # so that every value comes from the file

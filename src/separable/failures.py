@@ -11,3 +11,14 @@ def first_line(error: BaseException) -> str:
 def in_a_line(error: BaseException, most: int = 200) -> str:
     """An error's type and at most so many characters of the first line of its message."""
     return ": ".join(filter(None, [type(error).__name__, first_line(error)[:most]]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory, on any device: what failed may be right with more of it."""
+    import torch  # not for the help of a command
+
+    # the CPU's allocator raises no class of its own
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
+    )

@@ -335,7 +335,13 @@ def test_plan_is_a_value_that_prints_and_saves(model, inputs, slim):
     assert hash(separable.Plan.from_json(plan.to_json())) == hash(plan)
     json.loads(plan.edited("stem", "pointwise-depthwise", 1).to_json())
     assert "dense: transposed" in str(plan)
-    assert plan.edited("stem", None).row("stem").macs_after == plan.row("stem").macs_before
+    dense = plan.edited("stem", None)
+    assert dense.row("stem").macs_after == plan.row("stem").macs_before
+    assert dense.row("stem").error == 0
+    assert dense.error is not None
+    edited = plan.edited("stem", "pointwise-depthwise", 1)
+    assert edited.error is None
+    assert "predicted output error unknown" in str(edited)
 
 
 def test_files_load_without_the_original(model, inputs, slim, tmp_path):

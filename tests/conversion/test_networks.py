@@ -102,7 +102,7 @@ def test_values_are_not_compared_as_logits():
     assert divergence(moved, model, [INPUTS]) < 1e-9
     assert divergence(moved, model, [INPUTS], "values") > 0.05
     by_shape, named = slim(model).report, slim(model, outputs="values").report
-    assert "(mean KL divergence of logits)" in str(by_shape)
+    assert "(mean KL divergence of logits, nats)" in str(by_shape)
     assert "(relative squared error)" in str(named)
     found = slim(model, outputs="values")
     assert found.report.error == divergence(found, model, [INPUTS], "values")

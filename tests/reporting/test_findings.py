@@ -1,5 +1,6 @@
 """The findings against what the account, the plan and the runtime say of the same networks."""
 
+import copy
 import csv
 import io
 import json
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import separable
+from separable.conversion.sensitivity import divergence
 from separable.reporting.layers import to_csv
 from separable.reporting.wording import amount, milliseconds, small, times
 
@@ -193,6 +195,37 @@ def test_a_converted_network_may_be_given(converted):
     assert found.error == converted.report.error
     assert [point.name for point in found.frontier] == ["regular", "macs=0.5", "itself"]
     assert found.frontier[2].error == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*more calibration inputs would help")
+def test_values_are_compared_as_the_conversion_did(hasty):
+    model, options = network().eval(), {"outputs": "values", "progress": False}
+    slim = separable.convert(model, images(), "macs=0.5", **options)
+    given = {"calibration": images(), **QUICK}
+    found = separable.report(model, SIZE, converted=slim, **given)
+    assert (found.error, found.error_convention) == (slim.report.error, "relative squared error")
+    anew = separable.report(model, SIZE, converted=slim, outputs="logits", **given)
+    assert anew.error == divergence(slim, model, images().split(32), "logits") != slim.report.error
+    assert anew.error_convention.startswith("mean KL divergence")
+    assert "outputs='logits'" in anew.command
+    made = separable.report(
+        model, SIZE, budget="macs=0.5", frontier=["macs=0.3"], outputs="values", **given
+    )
+    assert made.error_convention == "relative squared error"
+    assert made.plan.outputs == "values"
+    with pytest.raises(ValueError, match="`outputs` \\(='words'\\) must be one of"):
+        separable.report(model, SIZE, outputs="words", **QUICK)
+
+
+def test_an_error_from_before_a_training_is_not_reported(converted):
+    model = network().eval()
+    tuned = copy.deepcopy(converted)
+    with torch.no_grad():
+        tuned.classifier.bias += torch.arange(4.0)
+    tuned.report = converted.report.after_training()
+    assert separable.report(model, SIZE, converted=tuned, **QUICK).error is None
+    found = separable.report(model, SIZE, converted=tuned, calibration=images(), **QUICK)
+    assert found.error == divergence(tuned, model, images().split(32)) > converted.report.error
 
 
 def test_nothing_to_convert_is_said_and_the_rest_reported():

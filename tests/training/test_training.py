@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import weight_norm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 pytest.importorskip("lightning")
@@ -230,7 +231,7 @@ def test_distillation_lowers_the_divergence(original):
     before = distance(slim, model)
     result = finetune(slim, teacher=model, data=blobs()[0], **{**QUICK, "epochs": 4, "lr": 5e-4})
     assert distance(result, model) < 0.7 * before
-    assert result.report is slim.report or result.report == slim.report
+    assert result.report == slim.report.after_training()
     assert distance(slim, model) == before
 
 
@@ -240,6 +241,10 @@ def test_a_distilled_network_is_saved_and_read_again(original, tmp_path):
     again = separable.load(tmp_path / "run" / "last.safetensors", model=model)
     assert same(again, result)
     assert again.report.plan == slim.report.plan
+    assert slim.report.error is not None
+    for network in (result, again):  # it was measured before
+        assert network.report.error is None
+        assert "not measured since fine-tuning" in str(network.report)
     separable.save(result, tmp_path / "slim.safetensors")
     assert same(separable.load(tmp_path / "slim.safetensors", model=model), result)
 
@@ -279,6 +284,36 @@ def test_labels_are_learned_from_where_asked(original):
     assert not same(plain, taught)
     with pytest.raises(TypeError, match="training with labels needs"):
         finetune(slim, teacher=model, data=blobs()[0], labels=True, **QUICK)
+
+
+def test_values_are_distilled_with_their_offset(original):
+    """An offset that a softmax does not see."""
+    model = original[0]
+    slim = separable.convert(model, blobs()[0], "macs=0.9", outputs="values", progress=False)
+    with torch.no_grad():
+        slim[-1].bias += 1
+    inputs = blobs()[0]
+    tune = {"teacher": model, "data": inputs, **QUICK, "lr": 0.05, "epochs": 8, "features": 0}
+    by_report, by_shape = finetune(slim, **tune), finetune(slim, outputs="logits", **tune)
+    with torch.no_grad():
+        before, tuned, lost = (
+            (each(inputs) - model(inputs)).square().mean() for each in (slim, by_report, by_shape)
+        )
+    assert tuned < 0.1 * before < lost
+    with pytest.raises(ValueError, match="`outputs` .='logits'. needs .* `teacher` returns"):
+        finetune(slim[:-2], outputs="logits", **{**tune, "teacher": model[:-2]})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_networks_that_hold_what_they_computed():
+    """`weight_norm` keeps the weight of the last pass, which `copy.deepcopy` refuses."""
+    model = seeded(net)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            weight_norm(module)
+    model(blobs()[0])
+    assert trained(model).run.steps
+    assert finetune(model, teacher=model, data=blobs()[0], features=0, **QUICK).run.steps
 
 
 def test_feature_matching_brings_the_blocks_closer(original):

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..outputs import Outputs
 from .options import (
     MODEL_HELP,
     SEED,
@@ -15,6 +16,7 @@ from .options import (
     input_size,
     load,
     output_format,
+    outputs,
     photos,
     table_or_json,
     weights,
@@ -47,14 +49,7 @@ FORMS = (
 @input_size
 @click.option("--skip", multiple=True, help="Layer to keep dense, or a pattern; may be repeated.")
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
-@click.option(
-    "--outputs",
-    type=click.Choice(("auto", "logits", "values")),
-    default="auto",
-    show_default=True,
-    help="What the network returns: scores of classes, or values as of a regression. auto takes "
-    "all [N, k] for scores.",
-)
+@outputs
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
 @output_format
 def convert(
@@ -69,7 +64,7 @@ def convert(
     input_size: tuple[int, ...],
     skip: tuple[str, ...],
     forms: tuple[str, ...],
-    outputs: str,
+    outputs: Outputs,
     seed: int,
     style: Any,
 ) -> str:
@@ -101,7 +96,7 @@ def convert(
             skip=skip,
             seed=seed,
             example=torch.zeros(1, *input_size[1:]),
-            outputs=outputs,  # type: ignore[arg-type]
+            outputs=outputs,
             progress=not bar.disable,
             **options,  # type: ignore[arg-type]
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..limits import MOST_THREADS
+from ..outputs import OUTPUTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,6 +133,18 @@ def weights(function: Function) -> Function:
         "--weights",
         type=click.Path(path_type=Path, dir_okay=False),
         help="Trained weights, safetensors; random if left out.",
+    )(function)
+
+
+def outputs(function: Function) -> Function:
+    """Add `--outputs`."""
+    return click.option(
+        "--outputs",
+        type=click.Choice(OUTPUTS),
+        default="auto",
+        show_default=True,
+        help="What the network returns: scores of classes, or values as of a regression. auto "
+        "takes all [N, k] for scores.",
     )(function)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..outputs import Outputs
 from .options import (
     MODEL_HELP,
     SEED,
@@ -14,6 +15,7 @@ from .options import (
     json_flag,
     load,
     numbers,
+    outputs,
     photos,
     threads,
     weights,
@@ -50,6 +52,7 @@ FORMATS = ("html", "json", "csv", "png", "svg")
     "Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
 )
 @input_size
+@outputs
 @threads
 @click.option(
     "--repeats",
@@ -87,6 +90,7 @@ def report(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     input_size: tuple[int, ...],
+    outputs: Outputs,
     threads: int | None,
     repeats: int,
     seed: int,
@@ -125,6 +129,7 @@ def report(
         budget=budget,
         converted=None if converted is None else conversion.load(converted, model=network),
         calibration=inputs,
+        outputs=outputs,
         frontier=[f"{quantity}={share:g}" for share in frontier or ()],
         data=data,
         threads=threads,

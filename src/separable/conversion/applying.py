@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm import tqdm
 
+from ..cost.preserving import copied
+from ..outputs import MEASURES, Outputs
 from .calibration import Inputs
 from .checking import check_model, check_reached
 from .fitting import bias_of, fit, targets
@@ -21,13 +23,12 @@ from .forms import TRANSPOSED, Conv, Factors, SeparatedConv, Shape, attached, gr
 from .moments import Moments
 from .plans import Plan, Row
 from .refining import refined
-from .sensitivity import Outputs, divergence, fisher
+from .sensitivity import divergence, fisher
 from .sites import (
     Runs,
     Site,
     collect,
     convolutions,
-    copied,
     frozen_copy,
     geometry,
     replaced,
@@ -37,9 +38,6 @@ from .varying import Varied
 
 ROUNDS = 2
 """times that a layer is fitted again, to outputs that its activation leaves free"""
-
-MEASURES = {"logits": "mean KL divergence of logits", "values": "relative squared error"}
-"""how outputs are compared, by what they are"""
 
 _SHARE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
@@ -51,7 +49,7 @@ class Report:
     plan: Plan
     error: float | None
     """divergence of the outputs on the calibration inputs, measured: mean KL of logits, else
-    relative squared error; None without inputs"""
+    relative squared error; None without inputs, and once the network was trained"""
     batch_norm: bool
     """whether re-estimated batch-norm statistics lowered it and were kept"""
     refined: bool = False
@@ -61,6 +59,12 @@ class Report:
     """what the network's outputs were taken for; "auto" is not known"""
     notes: tuple[str, ...] = ()
     """what else there is to tell, a sentence each"""
+    trained: bool = False
+    """whether the network was trained since, so that its error is another one"""
+
+    def after_training(self) -> Report:
+        """That of the network once it was trained: what was measured holds no more."""
+        return dataclasses.replace(self, error=None, trained=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan and what was measured as plain Python values, ready for JSON."""
@@ -71,15 +75,18 @@ class Report:
             "refined": self.refined,
             "outputs": self.outputs,
             "notes": list(self.notes),
+            "trained": self.trained,
         }
 
     def __str__(self) -> str:
+        told = "".join(f"\n{note}" for note in self.notes)
+        if self.trained:
+            return f"{self.plan}\noutput error not measured since fine-tuning{told}"
         if self.error is None:
             return f"{self.plan}\nfrom the weights alone; the error was not measured"
         statistics = "re-estimated" if self.batch_norm else "kept"
         together = "layers refined together" if self.refined else "each layer fitted once"
         measure = f" ({MEASURES[self.outputs]})" if self.outputs in MEASURES else ""
-        told = "".join(f"\n{note}" for note in self.notes)
         return (
             f"{self.plan}\nmeasured output error {self.error:.3g}{measure} on the calibration "
             f"inputs, batch-norm statistics {statistics}, {together}{told}"
@@ -200,7 +207,7 @@ def fitted(
             converted = replaced(converted, site.names, form)
             bar.update(ends[row.name])
     if inputs is None:
-        return converted, Report(plan, None, False)
+        return converted, Report(plan, None, False, outputs=kind)
     error = divergence(converted, original, inputs, kind)
     report = Report(plan, error, False, outputs=kind, notes=tuple(inputs.notes))
     renewed = with_batch_norm(converted, inputs)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..failures import in_a_line
+from ..outputs import Outputs
 from .following import hooked
-from .sensitivity import GRADIENTS, Outputs, is_logits, tensors
+from .sensitivity import GRADIENTS, Returned, tensors
 from .sites import convolutions
 
 BATCH = 32
@@ -91,17 +92,7 @@ class Inputs:
         Raises:
             ValueError: they cannot be compared, or not so.
         """
-        if not self._comparable:
-            raise ValueError(
-                f"`model` returns {self._returned}; its outputs are compared, so it must return a "
-                "floating-point tensor, or tuples, lists, dicts or dataclasses with some"
-            )
-        if outputs == "logits" and not self._has_logits:
-            raise ValueError(
-                f"`outputs` (='logits') needs a network that returns one score per class, "
-                f"[N, classes]; `model` returns {self._returned}"
-            )
-        return "logits" if self._has_logits and outputs != "values" else "values"
+        return self._returned.compared_as(outputs)
 
     def taken(self, model: nn.Module, batch: Tensor) -> Any:
         """A network's output on a variation of inputs; None where it takes no variations."""
@@ -171,12 +162,8 @@ class Inputs:
     def _takes_no_parts(self, model: nn.Module) -> bool:
         """See what the network returns, and whether it takes a part of a batch."""
         output = model(self.first.clone())
-        found = tensors(output)
-        self._comparable, self._has_logits = bool(found), is_logits(output)
-        self._infinite = any(tensor.isinf().any() for tensor in found)
-        self._returned = f"a {type(output).__name__}"
-        if isinstance(output, Tensor):
-            self._returned = f"a tensor {list(output.shape)} of {output.dtype}"
+        self._returned = Returned.of(output)
+        self._infinite = any(tensor.isinf().any() for tensor in tensors(output))
         part = self.first[: GRADIENTS // 2].clone()
         if len(part) == len(self.first):
             return False

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..cost.preserving import copied
 from .forms import FORMS, Form
-from .sites import Site, copied, replaced, trace
+from .sites import Site, replaced, trace
 
 
 def check_model(model: Any, report: type) -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..outputs import Outputs
 from .calibration import Inputs
 from .checking import check_fit, check_reached
 from .fitting import Target, curve, fit, targets
 from .forms import Form, SeparatedConv, attached, exact_rank, grouped, weights_per_position
 from .plans import NothingToConvert, Row
-from .sensitivity import Outputs, fisher
+from .sensitivity import fisher
 from .sites import Site, survey, trace
 
 SURVEY_BYTES = 1.5e9

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cost.preserving import copied
+from ..outputs import Outputs
 from .applying import Report, apply, finished, fitted, with_report
 from .forms import FORMS, Form, SeparatedConv, merged
 from .planning import plan, survey
 from .plans import Budget
-from .sensitivity import Outputs
-from .sites import copied, replaced
+from .sites import replaced
 
 
 def convert(
@@ -69,6 +70,7 @@ def frontier(
     *,
     seed: int = 0,
     example: Tensor | None = None,
+    outputs: Outputs = "auto",
     progress: bool = True,
 ) -> dict[str, nn.Module]:
     """Convert a network within a budget and within further ones, which share one survey.
@@ -88,7 +90,15 @@ def frontier(
         ", fitted once" follows a budget where there was no last pass.
     """
     budgets = [*([] if budget is None else [budget]), *further]
-    surveyed = survey(model, calibration, budgets, seed=seed, example=example, progress=progress)
+    surveyed = survey(
+        model,
+        calibration,
+        budgets,
+        seed=seed,
+        example=example,
+        outputs=outputs,
+        progress=progress,
+    )
     original, inputs = surveyed.original, surveyed.inputs
     found: dict[str, nn.Module] = {}
     for each, chosen in {each: surveyed.choose(each) for each in budgets}.items():

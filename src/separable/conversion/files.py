@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..cost.preserving import copied
+from ..outputs import OUTPUTS
 from ..writing import whole_file
 from .applying import Report
 from .checking import check_model
 from .forms import CONVS, Shape, random_factors, separated
 from .plans import Plan
-from .sensitivity import OUTPUTS
-from .sites import convolutions, copied, geometry, replaced
+from .sites import convolutions, geometry, replaced
 
 FORMAT = "separable-1"
 
@@ -182,7 +183,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Report, dict[str, Tensor]]:
 
 def _report(plan: Plan, fields: dict[str, Any]) -> Report:
     report = Report(plan, **{**fields, "notes": tuple(fields.get("notes", ()))})
-    flags = isinstance(report.batch_norm, bool) and isinstance(report.refined, bool)
+    flags = all(isinstance(x, bool) for x in (report.batch_norm, report.refined, report.trained))
     told = report.outputs in OUTPUTS and all(isinstance(note, str) for note in report.notes)
     measured = report.error is None or type(report.error) in (int, float)
     if not (flags and told and measured):

@@ -14,15 +14,16 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from ..cost import measure, measure_interleaved
+from ..cost.preserving import copied
+from ..outputs import Outputs, check_outputs
 from ..progress import hidden
 from .applying import Report, finished, fitted
 from .calibration import Inputs
 from .checking import check_compile, check_example, check_model, checked_forms, checked_skip
 from .choosing import Candidates, Option, candidates, choose, rows
 from .forms import FORMS, Conv, Form, Shape, random_factors, separated
-from .plans import Budget, NothingToConvert, Plan, check_outputs, check_seed, unmet
-from .sensitivity import Outputs
-from .sites import Site, copied, frozen_copy, replaced, trace
+from .plans import Budget, NothingToConvert, Plan, check_seed, unmet
+from .sites import Site, frozen_copy, replaced, trace
 
 TRIALS = 6
 """whole networks that are converted or timed to meet a measured budget"""
@@ -297,7 +298,7 @@ def _for_latency(task: _Task, survey: Survey) -> Plan:
     reference = compile(task.original, example)
     whole = float(measure(reference, example).median)
     fixed = max(whole - sum(dense.values()), 0.0)
-    limit, best, nearest = task.goal.limit, None, 1.0
+    limit, best, least, nearest = task.goal.limit, None, math.inf, 1.0
 
     def price(name: str, option: Option) -> float:
         return seconds[name, option]
@@ -319,8 +320,9 @@ def _for_latency(task: _Task, survey: Survey) -> Plan:
                 seconds_before=float(before.median),
                 seconds_after=float(after.median),
             )
-            if best is None or plan.error < best.error:
-                best = plan
+            error = sum(option.error for option in picked.values())
+            if best is None or error < least:
+                best, least = plan, error
             if reached > 0.93 * task.goal.limit:
                 break
         limit *= 0.97 * task.goal.limit / reached

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from prettytable import PrettyTable
 
+from ..outputs import Outputs, check_outputs
 from .forms import FORMS, Form, Shape, exact_rank, weights_per_position
-from .sensitivity import OUTPUTS, Outputs
 
 Quantity = Literal["macs", "params", "latency", "error"]
 STAYING = 4
@@ -163,9 +163,10 @@ class Plan:
         return _share(sum(after), sum(before))
 
     @property
-    def error(self) -> float:
-        """Predicted divergence of the outputs."""
-        return sum(row.error or 0.0 for row in self.rows)
+    def error(self) -> float | None:
+        """Predicted divergence of the outputs; None where that of a layer is unknown."""
+        known = [row.error for row in self.rows if row.error is not None]
+        return sum(known) if len(known) == len(self.rows) else None
 
     def row(self, name: str) -> Row:
         """The row of a layer.
@@ -181,7 +182,8 @@ class Plan:
     def edited(self, name: str, form: Form | None, rank: int = 0) -> Plan:
         """The plan with another form and rank for one layer; None as the form keeps it dense.
 
-        Its predicted error and times become unknown (None).
+        A dense layer causes no error and takes the time that it took; those of another form
+        are unknown (None), and so is the time of the whole network.
 
         Raises:
             KeyError: there is no such layer.
@@ -246,7 +248,7 @@ class Plan:
             table.add_row(cells)
         total = (
             f"{self.macs:.3f} of the convolutions' MACs, {self.params:.3f} of their parameters, "
-            f"predicted output error {self.error:.2g}"
+            f"predicted output error {'unknown' if self.error is None else f'{self.error:.2g}'}"
         )
         if self.seconds_before is not None and self.seconds_after is not None:
             total += (
@@ -314,9 +316,3 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"`seed` (={seed!r}) must be a whole number")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"`seed` (={seed}) must lie in -2**63 to 2**64 - 1, as torch's do")
-
-
-def check_outputs(outputs: Any) -> None:
-    """See that a word for the kind of outputs is known."""
-    if not isinstance(outputs, str) or outputs not in OUTPUTS:
-        raise ValueError(f"`outputs` (={outputs!r}) must be one of {', '.join(OUTPUTS)}")

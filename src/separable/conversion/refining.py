@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..cost.preserving import copied
+from ..outputs import Outputs
 from .calibration import Inputs
 from .following import Run, followed
 from .forms import SeparatedConv
 from .moments import summed
-from .sensitivity import Outputs, compared, divergence, finite, is_logits, kl, tensors
-from .sites import copied
+from .sensitivity import compared, divergence, finite, is_logits, kl, tensors
 from .varying import varied
 
 STEPS, SAMPLES = 600, 64

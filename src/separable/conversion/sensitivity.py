@@ -6,19 +6,17 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..outputs import Outputs
 from .following import hooked
 from .moments import summed
 from .sites import Site, not_finite
 
-Outputs = Literal["auto", "logits", "values"]
-"""what a network returns: scores of classes `[N, classes]`, or values; "auto" goes by the shape"""
-OUTPUTS: tuple[Outputs, ...] = get_args(Outputs)
 GRADIENTS = 16
 """inputs of each batch that enter the gradients"""
 
@@ -172,6 +170,44 @@ def is_logits(output: Any) -> bool:
         and output.dim() == 2
         and output.shape[1] > 1
     )
+
+
+class Returned(NamedTuple):
+    """What a network returns, as far as comparing it depends on that."""
+
+    words: str
+    is_comparable: bool
+    has_logits: bool
+
+    @classmethod
+    def of(cls, output: Any) -> Returned:
+        """What an output is."""
+        words = f"a {type(output).__name__}"
+        if isinstance(output, Tensor):
+            words = f"a tensor {list(output.shape)} of {output.dtype}"
+        return cls(words, bool(tensors(output)), is_logits(output))
+
+    def compared_as(self, outputs: Outputs, name: str = "model") -> Outputs:
+        """How such outputs are compared: as "logits" or "values".
+
+        Args:
+            outputs: what they are by the user's word.
+            name: the argument that the network came from.
+
+        Raises:
+            ValueError: they cannot be compared, or not so.
+        """
+        if not self.is_comparable:
+            raise ValueError(
+                f"`{name}` returns {self.words}; its outputs are compared, so it must return a "
+                "floating-point tensor, or tuples, lists, dicts or dataclasses with some"
+            )
+        if outputs == "logits" and not self.has_logits:
+            raise ValueError(
+                f"`outputs` (='logits') needs a network that returns one score per class, "
+                f"[N, classes]; `{name}` returns {self.words}"
+            )
+        return "logits" if self.has_logits and outputs != "values" else "values"
 
 
 def compared(output: Any, outputs: Outputs) -> Any:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cost import preserving
-from ..failures import in_a_line
+from ..cost.preserving import copied
 from .following import NOTHING, Sequel, Stop, followed, hooked
 from .forms import CONVS, TRANSPOSED, Shape
 from .moments import Moments, is_convolution, samples
@@ -346,22 +345,6 @@ def replaced(model: nn.Module, names: Iterable[str], module: nn.Module) -> nn.Mo
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     return model
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; what a module computed and keeps is copied without its history.
-
-    Raises:
-        ValueError: the model cannot be copied.
-    """
-    try:
-        twin: nn.Module = preserving.copied(model)
-        return twin
-    except Exception as error:  # whatever it holds may raise
-        raise ValueError(
-            f"`model` cannot be copied: {in_a_line(error)}; take out of it what cannot (locks, "
-            "files, results of a pass), and put it back afterwards"
-        ) from error
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
+from ..failures import in_a_line, is_out_of_memory
+
+Model = TypeVar("Model", bound=nn.Module)
 _SWITCHES = threading.RLock()
 
 OBJECTS_DEEP = 2  # a cache and its layers, not a trainer's whole data
@@ -69,15 +72,39 @@ def untouched(
                 _put_back(each)
 
 
-def copied(model: nn.Module, *others: Any) -> Any:
+@overload
+def copied(model: Model, *, name: str = ...) -> Model: ...
+
+
+@overload
+def copied(model: nn.Module, *others: Any, name: str = ...) -> Any: ...
+
+
+def copied(model: nn.Module, *others: Any, name: str = "model") -> Any:
     """Deep copies of a model and of others with it; a tensor that is computed is copied as values.
 
     `copy.deepcopy` refuses such attributes, which `torch.nn.utils.weight_norm` and
     `spectral_norm` set at each forward.
+
+    Args:
+        model: is left as it was.
+        others: what may share tensors with it.
+        name: the argument that the model came from.
+
+    Raises:
+        ValueError: the model cannot be copied.
     """
-    computed = (tensor for tensor in _state(model)[1] if not tensor.is_leaf)
-    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
-    return copy.deepcopy((model, *others), memo) if others else copy.deepcopy(model, memo)
+    try:
+        computed = (tensor for tensor in _state(model)[1] if not tensor.is_leaf)
+        memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+        return copy.deepcopy((model, *others), memo) if others else copy.deepcopy(model, memo)
+    except Exception as error:  # whatever it holds may raise
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"`{name}` cannot be copied: {in_a_line(error)}; take out of it what cannot (locks, "
+            "files, results of a pass), and put it back afterwards"
+        ) from error
 
 
 def _state(model: nn.Module) -> tuple[list[Any], list[Tensor]]:

@@ -113,7 +113,7 @@ class Findings:
         obstacle: why nothing was converted though it was asked for.
         error: distance of the converted network's outputs from the regular one's on the
             calibration inputs; None where it was not measured.
-        error_convention: what that distance is.
+        error_convention: what that distance is; empty where the outputs have none.
         tested: labelled inputs that the accuracies are of; 0 without labels.
         frontier: the networks that error and cost are shown of, the regular one first.
         machine: the limits of this machine; None where they can't be measured.

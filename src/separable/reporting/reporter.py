@@ -16,12 +16,13 @@ from ..conversion import Report as Conversion
 from ..conversion.calibration import Inputs
 from ..conversion.converting import frontier as converted_within
 from ..conversion.plans import Budget, NothingToConvert
-from ..conversion.sensitivity import divergence, is_logits, tensors
+from ..conversion.sensitivity import Returned, divergence, is_logits, tensors
 from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
 from ..cost.measuring import check_timing
 from ..failures import in_a_line
+from ..outputs import MEASURES, Outputs, check_outputs
 from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
 from ..runtime import machine as machines
@@ -30,9 +31,6 @@ from ..runtime.explaining import Explanation
 from ..runtime.roofline import Peak
 from .findings import Findings, Kind, Machine, Network, Point
 from .wording import size
-
-KL = "mean KL divergence, nats"
-SQUARED = "relative squared error"
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -44,6 +42,7 @@ def report(
     inputs: Any = None,
     budget: str | None = None,
     calibration: Any = None,
+    outputs: Outputs = "auto",
     converted: nn.Module | None = None,
     frontier: Sequence[str] = (),
     beside: Mapping[str, nn.Module] | None = None,
@@ -69,6 +68,8 @@ def report(
         budget: what its conversion may cost, as for `separable.convert`; None reports the network
             alone.
         calibration: inputs of the conversion, as for `separable.convert`.
+        outputs: what the network returns, as for `separable.convert`; "auto" goes by what the
+            conversion of `converted` took them for, where that is known.
         converted: instead of `budget`, the converted network.
         frontier: further budgets, such as `["macs=0.5", "macs=0.1"]`, for the plots of error
             against cost. They share the survey of the layers, and are fitted once, without the
@@ -102,6 +103,7 @@ def report(
         raise TypeError(f"`title` (={title!r}) must be a string")
     if data is not None and not isinstance(data, Iterable):
         raise TypeError(f"`data` (={data!r}) must be batches (inputs, labels) of tensors")
+    check_outputs(outputs)
     check_timing(repeats=repeats, min_seconds=min_seconds, threads=threads)
     original = frozen_copy(model)
     given = make_inputs(original, input_size, inputs=inputs).args
@@ -119,7 +121,15 @@ def report(
             own = getattr(converted, "report", None)
             name = own.plan.budget if isinstance(own, Conversion) else "converted"
             contenders.append(_Contender(name, frozen_copy(converted), given, "converted"))
-            _check_outputs("converted", *contenders)
+            _check_shapes("converted", *contenders)
+        regular = contenders[0]
+        measure = outputs
+        if outputs == "auto" and contenders[-1].conversion is not None:
+            measure = contenders[-1].conversion.outputs
+        measured = converted is not None and calibration is not None
+        # what has no outputs to compare is reported too, but not how far they move
+        if regular.returned.is_comparable or budgets or measured:
+            measure = regular.returned.compared_as(measure)
         obstacle = ""
         try:
             if budgets:
@@ -131,6 +141,7 @@ def report(
                     frontier,
                     seed=seed,
                     example=given[0][:1] if isinstance(given[0], Tensor) else None,
+                    outputs=measure,
                     progress=not bar.disable,
                 )
                 contenders += [_Contender(name, slim, given) for name, slim in found.items()]
@@ -142,12 +153,12 @@ def report(
             for name, network in (beside or {}).items()
         ]
         for other in contenders[len(contenders) - len(beside or ()) :]:
-            _check_outputs(f"beside[{other.name!r}]", contenders[0], other)
+            _check_shapes(f"beside[{other.name!r}]", contenders[0], other)
         _measure(contenders, given, threads, repeats, min_seconds, bar)
         machine = _measure_layers(contenders[: 1 + is_converted], given, repeats, bar)
         _next(bar, "measuring errors")
-        _judge(contenders, calibration, data)
-    regular, chosen = contenders[0], contenders[1] if is_converted else None
+        _judge(contenders, calibration, data, measure)
+    chosen = contenders[1] if is_converted else None
     first = contenders[0].torch
     return Findings(
         title=title,
@@ -156,13 +167,13 @@ def report(
         plan=chosen.conversion.plan if chosen and chosen.conversion else None,
         obstacle=obstacle,
         error=chosen.error if chosen else None,
-        error_convention=KL if regular.has_logits else SQUARED,
+        error_convention=MEASURES.get(measure, ""),
         tested=regular.tested,
         frontier=tuple(each.point(each is chosen) for each in contenders) if chosen else (),
         machine=machine,
         environment=_environment(first, regular.account),
         seed=seed,
-        command=command or _call(title, given, budget, frontier, first.threads, seed),
+        command=command or _call(title, given, budget, frontier, outputs, first.threads, seed),
     )
 
 
@@ -188,10 +199,11 @@ class _Contender:
         conversion = getattr(network, "report", None)
         self.conversion = conversion if isinstance(conversion, Conversion) else None
         if self.conversion is not None and kind != "regular":
-            self.kind = "converted" if self.conversion.refined else "fitted once"
+            together = self.conversion.refined or self.conversion.trained
+            self.kind = "converted" if together else "fitted once"
         with torch.no_grad():
             self.output = network(*given)
-        self.has_logits = is_logits(self.output)
+        self.returned = Returned.of(self.output)
 
     def compile(self, given: tuple[Any, ...], threads: int) -> None:
         """Compile the network and check what it returns; say why where that fails."""
@@ -237,7 +249,7 @@ class _Contender:
         )
 
 
-def _check_outputs(name: str, regular: _Contender, other: _Contender) -> None:
+def _check_shapes(name: str, regular: _Contender, other: _Contender) -> None:
     shapes = [each.account.output_shapes for each in (regular, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -307,16 +319,23 @@ def _measure_layers(
 
 
 @torch.no_grad()
-def _judge(contenders: list[_Contender], calibration: Any, data: Batches | None) -> None:
-    """Measure how far the outputs moved, and accuracies."""
+def _judge(
+    contenders: list[_Contender], calibration: Any, data: Batches | None, measure: Outputs
+) -> None:
+    """Measure how far the outputs moved, and accuracies.
+
+    What a conversion has measured itself is taken over, where it measured in the same way.
+    """
     first = contenders[0]
+    compared_as = first.returned.compared_as
     first.error = 0.0 if len(contenders) > 1 else None
     seen = None if calibration is None else Inputs(calibration, first.network)
     for each in contenders[1:]:
-        if each.conversion is not None and each.conversion.error is not None:
-            each.error = each.conversion.error
+        own = each.conversion
+        if own is not None and own.error is not None and compared_as(own.outputs) == measure:
+            each.error = own.error
         elif seen is not None:
-            each.error = divergence(each.network, first.network, seen)
+            each.error = divergence(each.network, first.network, seen, measure)
     for batch in data or ():
         for each in contenders:
             correct, tested = _correct(each.network, batch)
@@ -380,6 +399,7 @@ def _call(
     given: tuple[Any, ...],
     budget: str | None,
     frontier: Sequence[str],
+    outputs: Outputs,
     threads: int,
     seed: int,
 ) -> str:
@@ -390,4 +410,6 @@ def _call(
         parts += [f"budget={budget!r}", "calibration=..."]
     if frontier:
         parts.append(f"frontier={list(frontier)!r}")
+    if outputs != "auto":
+        parts.append(f"outputs={outputs!r}")
     return f"separable.report({', '.join([*parts, f'threads={threads}', f'seed={seed}'])})"

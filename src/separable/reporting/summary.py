@@ -161,7 +161,7 @@ def _quality(findings: Findings) -> Headline:
         if findings.error is None:
             convention = "no calibration inputs to measure it on"
             return Headline("Output error", "unknown", "", "", "", convention)
-        predicted = findings.plan.error if findings.plan is not None else 0.0
+        predicted = findings.plan.error if findings.plan is not None else None
         return Headline(
             "Output error",
             small(findings.error),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..cost.preserving import copied
 
 _ENLARGED = 16
 _IGNORED = -100
@@ -33,7 +34,7 @@ def outputs_of(network: nn.Module, input: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: the network rejects the input, or strides over it.
     """
-    probe = copy.deepcopy(network).eval()
+    probe = copied(network, name=name).eval()
     parameter = next(network.parameters(), None)
     batch = input[None] if parameter is None else input[None].to(parameter.device)
     size = "x".join(map(str, input.shape))
@@ -80,7 +81,8 @@ def check_training(network: nn.Module, input: Tensor, batch_size: int, name: str
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for count in sorted({min(batch_size, 2), batch_size}):
             try:
-                _answer(copy.deepcopy(network).train(), torch.stack([input] * count), failure, name)
+                twin = copied(network, name=name).train()
+                _answer(twin, torch.stack([input] * count), failure, name)
                 return
             except ValueError:
                 if count == batch_size:
@@ -135,7 +137,7 @@ def total_stride(network: nn.Module, input: Tensor) -> int:
     large = [_ENLARGED * size for size in input.shape[2:]]
     if not large:
         return 1
-    probe = copy.deepcopy(network).to("meta")
+    probe = copied(network).to("meta")
     for module in probe.modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             module.register_forward_hook(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,10 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..conversion import Report
+from ..conversion.sensitivity import Returned
+from ..cost.preserving import copied
+from ..outputs import Outputs
 from .checking import check_labels
 from .loading import STEP, seed_of
 from .matching import Matching
@@ -199,6 +202,10 @@ class Distilling(Learning):
     def __init__(self, network: nn.Module, teacher: nn.Module, recipe: Distillation) -> None:
         super().__init__(network, recipe)
         self.distillation = recipe
+        report = getattr(network, "report", None)
+        self.kind = recipe.outputs
+        if recipe.outputs == "auto" and isinstance(report, Report):
+            self.kind = report.outputs
         # no submodule: neither averaged nor saved
         self.held = _Held(teacher)
         self.matching = (
@@ -230,7 +237,7 @@ class Distilling(Learning):
             with torch.no_grad():
                 goal = self.held.teacher(inputs)
             outputs = self.network(inputs)
-        loss = divergence(outputs.float(), goal.float(), recipe.temperature).mean()
+        loss = divergence(outputs.float(), goal.float(), recipe.temperature, self.kind).mean()
         if recipe.labels:
             labels = labels_of(batch, outputs)
             hard = F.cross_entropy(outputs.float(), labels, label_smoothing=recipe.label_smoothing)
@@ -250,7 +257,7 @@ class Distilling(Learning):
         """
         if not isinstance(self.matching, Matching):
             return
-        pair = copy.deepcopy(self.network).eval(), self.held.teacher
+        pair = copied(self.network).eval(), self.held.teacher
         with Matching(*pair, self.distillation.blocks) as features:
             for network in pair:
                 network(inputs.to(next(network.parameters()).device))
@@ -260,9 +267,9 @@ class Distilling(Learning):
         """Add a batch to the divergence from the teacher, and to how often both agree."""
         inputs = inputs_of(batch)
         goal, outputs = self.held.teacher(inputs).float(), self.network(inputs).float()
-        self.loss.update(divergence(outputs, goal, 1.0))
+        self.loss.update(divergence(outputs, goal, 1.0, self.kind))
         self.record("val_loss", self.loss)
-        if _are_logits(goal):
+        if Returned.of(goal).compared_as(self.kind, "teacher") == "logits":
             self.agreement.update((outputs.argmax(1) == goal.argmax(1)).float())
             self.record("val_agreement", self.agreement)
 
@@ -277,11 +284,7 @@ class _Held:
         return self
 
 
-def _are_logits(outputs: Tensor) -> bool:
-    return outputs.ndim == 2 and outputs.shape[1] > 1
-
-
-def divergence(outputs: Tensor, goal: Tensor, temperature: float) -> Tensor:
+def divergence(outputs: Tensor, goal: Tensor, temperature: float, kind: Outputs = "auto") -> Tensor:
     """How far a student's outputs are from its teacher's, for each input.
 
     Logits `[N, classes]`: T² KL(softmax(goal / T) ‖ softmax(outputs / T)), whose gradient does
@@ -291,11 +294,15 @@ def divergence(outputs: Tensor, goal: Tensor, temperature: float) -> Tensor:
         outputs: `[N, ...]`, the student's.
         goal: the same shape.
         temperature: T.
+        kind: what they are.
 
     Returns:
         `[N]`.
+
+    Raises:
+        ValueError: they are no logits, though `kind` says so.
     """
-    if _are_logits(goal):
+    if Returned.of(goal).compared_as(kind, "teacher") == "logits":
         of_student = F.log_softmax(outputs / temperature, 1)
         of_teacher = F.log_softmax(goal / temperature, 1)
         terms = F.kl_div(of_student, of_teacher, reduction="none", log_target=True)

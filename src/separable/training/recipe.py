@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from ..images import IMAGENET_MEAN, IMAGENET_STD
+from ..outputs import Outputs
 
 if typing.TYPE_CHECKING:
     import torch
@@ -205,6 +206,9 @@ class Distillation(Recipe):
     )
     validation: float = _field(
         0.0, "Share held out, drawn at random, where the data has no part for it.", 0, 0.9
+    )
+    outputs: Outputs = _field(
+        "auto", "Scores of classes, or values; auto goes by the conversion, else by their shape."
     )
     temperature: float = _field(4.0, "Both networks' logits are divided by it.", 0.01)
     features: float = _field(

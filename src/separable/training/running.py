@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -29,6 +28,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ..conversion import Report
+from ..cost.preserving import copied
 from .checkpoints import (
     Checkpoints,
     check_shapes,
@@ -155,8 +156,10 @@ def run(
     learning.check_finite(weights, model.state_dict())
     if place is not None and trainer.is_global_zero:
         draw_curves(place.folder)
-    result = copy.deepcopy(model).eval()
-    result.load_state_dict(weights)
+    result = copied(model)
+    result.eval().load_state_dict(weights)
+    if isinstance(getattr(network, "report", None), Report):
+        result.report = network.report
     result.run = Run(  # type: ignore[assignment]
         folder=None if place is None else place.folder,
         epochs=trainer.current_epoch,

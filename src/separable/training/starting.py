@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -13,6 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from ..conversion import Report
+from ..conversion.sensitivity import Returned
+from ..cost.preserving import copied
 from ..models import create_model
 from .checking import check_classes, check_training, input_channels, outputs_of
 from .checkpoints import holds_run
@@ -116,7 +118,8 @@ def finetune(
 
     The student learns to return what its teacher does: for logits the KL divergence of both,
     softened by a temperature (Hinton et al. 2015, arXiv:1503.02531); for other outputs the
-    squared error. `labels=True` adds the cross-entropy to labels, half and half.
+    squared error. `outputs` says which they are; left at "auto", what the conversion took them
+    for, or their shape. `labels=True` adds the cross-entropy to labels, half and half.
 
     Args:
         student: what `separable.convert` or `separable.load` returned; it is left as it was.
@@ -132,11 +135,12 @@ def finetune(
         **options: fields of the recipe to change.
 
     Returns:
-        A new network in eval mode, with the student's `report` and the attribute `run`;
-        `separable.save` writes it.
+        A new network in eval mode, with the attribute `run` and the student's `report`, without
+        the error, which is another one now; `separable.save` writes it.
 
     Raises:
-        ValueError: as in `train`; or student and teacher differ in the shape of their outputs.
+        ValueError: as in `train`; or student and teacher differ in the shape of their outputs, or
+            return no logits where `outputs` says so.
         TypeError: an argument is of the wrong type.
         FileNotFoundError: there is no such folder.
         ImportError: a package that is needed is not installed.
@@ -168,7 +172,8 @@ def finetune(
             )
         if recipe.labels and made.ndim == 2:
             check_classes(made, classes, "student")
-    frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
+        Returned.of(goal).compared_as(recipe.outputs, "teacher")
+    frozen = copied(teacher, name="teacher").eval().requires_grad_(False)
     learning = Distilling(_trainable(student, "student"), frozen, recipe)
     if sample is not None:
         learning.check_blocks(sample[None])
@@ -205,11 +210,14 @@ def _names(**arguments: Any) -> dict[str, str | None]:
 
 
 def _trainable(model: nn.Module, name: str) -> nn.Module:
-    network = copy.deepcopy(model).train()
+    network = copied(model, name=name).train()
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError(
             f"`{name}` has no parameters to train: `{name}.requires_grad_()` frees them"
         )
+    report = getattr(network, "report", None)
+    if isinstance(report, Report):
+        network.report = report.after_training()  # type: ignore[assignment]
     return network
 
 
