@@ -12,6 +12,7 @@ from torch import nn
 import separable
 from separable import exporting
 from separable.nn import SeparableConv2d
+from separable.runtime.checking import outputs_deviation
 
 onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
@@ -100,6 +101,15 @@ def convolutions(path):
             outputs, _, *kernel = weights[node.input[1]]
             convs.append((given.get("group", 1), tuple(kernel), outputs))
     return convs, {node.op_type for node in graph.node} - {"Conv"}
+
+
+def test_outputs_are_compared_one_by_one_and_by_their_number():
+    one, two = torch.ones(2), torch.arange(2)
+    assert outputs_deviation([one, {"at": two}], (one, two)) == 0
+    assert outputs_deviation((one, two + 1), (one, two)) == math.inf
+    assert outputs_deviation((one,), (one, two)) == math.inf
+    assert outputs_deviation((one, one * 1.5), (one, one)) == 0.5
+    assert outputs_deviation((), ()) == 0
 
 
 def expected_convolutions(model):

@@ -20,7 +20,7 @@ from separable.conversion.fitting import fit, targets
 from separable.conversion.forms import Factors, Form, grouped, separated, weight_only
 from separable.conversion.moments import Moments
 from separable.conversion.sensitivity import divergence
-from separable.conversion.sites import Site, replaced, survey, trace
+from separable.conversion.sites import Site, input_moments, replaced, trace
 
 tensorly.set_backend("pytorch")
 
@@ -112,7 +112,7 @@ def seen(model: nn.Module, inputs: Inputs) -> tuple[list[Site], dict[str, Moment
     """All convolutions, and the moments of the k×k ones behind the stem."""
     sites = trace(model, inputs.first)
     changing = [s for s in sites if s.shape.taps > 1 and s is not sites[0]]
-    return sites, survey(model, changing, inputs, 0)
+    return sites, input_moments(model, changing, inputs, 0)
 
 
 def convert(

@@ -18,7 +18,7 @@ from separable.conversion.calibration import Inputs
 from separable.conversion.fitting import Target, curve, targets
 from separable.conversion.forms import grouped
 from separable.conversion.sensitivity import fisher
-from separable.conversion.sites import survey, trace
+from separable.conversion.sites import input_moments, trace
 
 from . import networks, tables
 from .run import calibrated
@@ -56,12 +56,13 @@ def main(names: tuple[str, ...], dataset: str, counts: tuple[int, ...]) -> None:
         model = networks.trained(name, dataset, 0)
         inputs = Inputs(calibrated(dataset, 0, 512), model)
         sites = [s for s in trace(model, inputs.first) if s.shape is not None and s.shape.taps > 1]
-        moments, slopes = survey(model, sites, inputs, 0), fisher(model, sites, inputs, 0)
+        moments = input_moments(model, sites, inputs, 0)
+        information = fisher(model, sites, inputs, 0)
         sums = dict.fromkeys(((form, terms) for form in range(3) for terms in counts), 0.0)
         for site in sites:
             conv: Any = model.get_submodule(site.name)
             weight = grouped(conv.weight.detach(), conv.groups)
-            (goal,) = targets(weight, moments[site.name], slopes[site.name], own=True)
+            (goal,) = targets(weight, moments[site.name], information[site.name], own=True)
             shape = goal.shape
             most = min(max(counts), shape.taps, shape.outputs)
             alike = curve(goal, "depthwise-pointwise", most)

@@ -18,7 +18,7 @@ from .conversion.sites import frozen_copy
 from .cost.preserving import copied
 from .failures import in_a_line
 from .progress import progress as progress_bar
-from .runtime.checking import TOLERANCE, deviation
+from .runtime.checking import TOLERANCE, outputs_deviation
 from .runtime.onnx_graph import onnx_program, quiet
 from .writing import whole_files
 
@@ -222,11 +222,7 @@ def _compare(
                 f"`model` does not take a batch of {len(batch[0])} ({in_a_line(error)}); if its "
                 "batch size is fixed, say so: `dynamic_batch=False`"
             ) from error
-        found = run(*_copies(batch))
-        if len(found) != len(expected):
-            worst = float("inf")
-        else:
-            worst = max([worst, *map(deviation, found, expected)])
+        worst = max(worst, outputs_deviation(run(*_copies(batch)), expected))
         # a narrow type rounds more coarsely than the order of a sum matters
         kinds = [each.dtype for each in expected if each.is_floating_point()]
         allowed = max([TOLERANCE, *(8 * torch.finfo(kind).eps for kind in kinds)])

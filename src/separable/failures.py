@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+
+_OWN = os.path.dirname(__file__) + os.sep
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not empty; nothing if there is none."""
@@ -22,3 +28,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
     )
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called into this package, through however many of its functions."""
+    import torch  # not for the help of a command
+
+    # torch's decorators, as no_grad, stand between functions of the package
+    passed = (_OWN, os.path.dirname(torch.__file__) + os.sep)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(passed):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -17,6 +17,7 @@ TICK = 0.5
 """seconds between its redraws, in steps that last"""
 
 WITHOUT_TOTAL = "{desc}: {elapsed}"
+SHARE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 Step = TypeVar("Step")
 _is_hidden = ContextVar("_is_hidden", default=False)
 _measuring = threading.Event()  # while it is set, nothing is drawn beside what is measured
@@ -24,7 +25,7 @@ _measuring = threading.Event()  # while it is set, nothing is drawn beside what 
 
 @contextmanager
 def progress(
-    what: str, total: int | None = None, unit: str = "it", shown: bool = True
+    what: str, total: float | None = None, unit: str | None = "it", shown: bool = True
 ) -> Iterator[Any]:
     """Show how far the body is, with the time left; it calls `update()` after each step.
 
@@ -34,7 +35,7 @@ def progress(
     Args:
         what: the work.
         total: its steps; None where they are not known, and the time so far is shown.
-        unit: what a step is.
+        unit: what a step is; None for steps of unlike sizes, of whose sum the share is shown.
         shown: whether to show it, and what is below it.
 
     Yields:
@@ -45,11 +46,11 @@ def progress(
         tqdm(
             desc=what,
             total=total,
-            unit=unit,
+            unit=unit or "",
             delay=DELAY,
             leave=False,
             smoothing=0,  # the mean rate, as redraws are no steps
-            bar_format=None if total else WITHOUT_TOTAL,
+            bar_format=WITHOUT_TOTAL if not total else SHARE if unit is None else None,
             disable=_is_hidden.get() or None,
         ) as bar,
     ):

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 import separable
-from separable.conversion import SeparatedConv, applying, converting, planning, refining
+from separable.conversion import (
+    SeparatedConv,
+    applying,
+    converting,
+    planning,
+    refining,
+    searching,
+    timing,
+)
 from separable.conversion.applying import finished, fitted
 from separable.conversion.calibration import Inputs
 from separable.conversion.plans import NothingToConvert
@@ -238,10 +246,10 @@ def test_an_error_budget_finds_the_least_multiply_adds(gain, floor, expected, mo
         refinements.append(report.error)
         return share, SimpleNamespace(error=report.error / gain)
 
-    monkeypatch.setattr(planning, "fitted", once)
-    monkeypatch.setattr(planning, "finished", last)
+    monkeypatch.setattr(searching, "fitted", once)
+    monkeypatch.setattr(searching, "finished", last)
     goal = SimpleNamespace(limit=limit)
-    task = SimpleNamespace(
+    search = SimpleNamespace(
         original=None,
         found=SimpleNamespace(sites=()),
         progress=False,
@@ -249,9 +257,9 @@ def test_an_error_budget_finds_the_least_multiply_adds(gain, floor, expected, mo
         plan=lambda _: 1.0,
         within=within,
     )
-    resolution = 1000 ** (0.5**planning.TRIALS)
-    assert expected <= planning._for_error(task, None) <= expected * resolution
-    assert all(limit < error <= planning.HOPE * limit for error in refinements)
+    resolution = 1000 ** (0.5**searching.TRIALS)
+    assert expected <= searching.for_error(search, None) <= expected * resolution
+    assert all(limit < error <= searching.HOPE * limit for error in refinements)
 
 
 def test_the_last_pass_never_raises_the_measured_error(model, inputs, monkeypatch):
@@ -287,14 +295,14 @@ def test_skip_and_forms(model, inputs):
 
 def test_latency_budget_is_met_where_it_can_be(monkeypatch):
     """On a clock that charges each network its multiply-adds: no time is asserted here."""
-    monkeypatch.setattr(planning, "RANK_STEPS", 3)
+    monkeypatch.setattr(timing, "RANK_STEPS", 3)
 
     def charged(models, inputs, **_):
         seconds = [separable.count(model, inputs=inputs).macs * 1e-9 for model in models]
         return tuple(SimpleNamespace(median=each) for each in seconds)
 
-    monkeypatch.setattr(planning, "measure_interleaved", charged)
-    monkeypatch.setattr(planning, "measure", lambda m, x, **_: charged([m], x)[0])
+    monkeypatch.setattr(timing, "measure_interleaved", charged)
+    monkeypatch.setattr(timing, "measure", lambda m, x, **_: charged([m], x)[0])
     wide = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3)).eval()
     inputs = torch.randn(16, 3, 24, 24)
     plan = separable.plan(
@@ -306,7 +314,7 @@ def test_latency_budget_is_met_where_it_can_be(monkeypatch):
 
 
 def test_latency_budgets_share_the_times_of_layers(monkeypatch):
-    monkeypatch.setattr(planning, "RANK_STEPS", 2)
+    monkeypatch.setattr(timing, "RANK_STEPS", 2)
     timed = []
 
     def counted(model, input, **_):
@@ -316,8 +324,8 @@ def test_latency_budgets_share_the_times_of_layers(monkeypatch):
     def both(models, inputs, **_):
         return tuple(counted(each, inputs) for each in models)
 
-    monkeypatch.setattr(planning, "measure", counted)
-    monkeypatch.setattr(planning, "measure_interleaved", both)
+    monkeypatch.setattr(timing, "measure", counted)
+    monkeypatch.setattr(timing, "measure_interleaved", both)
     wide = nn.Sequential(nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3)).eval()
     budgets = ["latency=0.9", "latency=0.5"]
     surveyed = planning.survey(wide, torch.randn(16, 3, 24, 24), budgets, progress=False)
@@ -509,13 +517,13 @@ def _rank_of_two(rank, port, path):
         assert rank == 0
         return slim.report.plan
 
-    assert planning._found_by_first(search) == slim.report.plan
+    assert timing._found_by_first(search) == slim.report.plan
 
     def fails():
         raise ValueError("cannot be met")
 
     with pytest.raises(ValueError, match="cannot be met"):
-        planning._found_by_first(fails)
+        timing._found_by_first(fails)
     dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import separable
-from separable.conversion import SeparatedConv, planning, refining, varying
+from separable.conversion import SeparatedConv, converting, planning, refining, varying
 from separable.conversion.plans import NothingToConvert
 from separable.conversion.sensitivity import divergence
 from separable.conversion.sites import trace
@@ -387,11 +387,53 @@ def test_networks_of_one_batch_size():
 
     found = slim(network(fixed))
     assert "batches of one size only" in str(found.report)
+    assert "no part of a batch (RuntimeError: shape" in str(found.report)
     assert found.report.error < 0.1
-    assert (
-        planning.survey(network(fixed), INPUTS, ["latency=0.9"], progress=False).example.shape[0]
-        == 32
-    )
+    surveyed = planning.survey(network(fixed), INPUTS, ["latency=0.9"], progress=False)
+    assert surveyed.timer.example.shape[0] == 32
+
+
+SMALL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("too few"), RuntimeError(SMALL)])
+@pytest.mark.parametrize(("at", "item"), [(32, 32), (8, 32), (32, 1)])
+def test_too_little_memory_is_no_reason_for_another_way(error, at, item):
+    """Of the inputs, of a part of them, or of those that came one by one."""
+
+    def costly(self, x):
+        if len(x) == at:
+            raise error
+        return self.head(self.features(x))
+
+    with pytest.raises(type(error), match=str(error)):
+        slim(network(costly), inputs=INPUTS.split(item))
+
+
+def test_bars_are_for_terminals(capsys):
+    model = network()
+    plan = separable.plan(model, INPUTS, "macs=0.5")
+    separable.apply(model, plan, INPUTS)
+    assert capsys.readouterr().err == ""
+
+
+CALLS = {
+    "apply": lambda model, few: separable.apply(
+        model, separable.plan(model, few, "macs=0.5", progress=False), few, progress=False
+    ),
+    "convert": lambda model, few: slim(model, few),
+    "weights alone": lambda model, _: slim(model, None, "params=0.5"),
+    "frontier": lambda model, few: converting.frontier(
+        model, few, "macs=0.5", ["macs=0.6"], progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_warnings_point_at_the_line_that_called(call):
+    with pytest.warns(UserWarning, match="calibration inputs") as told:
+        CALLS[call](network(), INPUTS[:2, :, :3, :3])
+    assert {warning.filename for warning in told} == {__file__}
 
 
 def test_buffers_are_as_they_were():

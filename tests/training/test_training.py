@@ -300,7 +300,7 @@ def test_values_are_distilled_with_their_offset(original):
             (each(inputs) - model(inputs)).square().mean() for each in (slim, by_report, by_shape)
         )
     assert tuned < 0.1 * before < lost
-    with pytest.raises(ValueError, match="`outputs` .='logits'. needs .* `teacher` returns"):
+    with pytest.raises(ValueError, match=r"`outputs` .='logits'. needs .* `teacher` returns"):
         finetune(slim[:-2], outputs="logits", **{**tune, "teacher": model[:-2]})
 
 

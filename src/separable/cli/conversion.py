@@ -88,7 +88,7 @@ def convert(
     if calibration is not None:
         inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     options = {"forms": forms} if forms else {}
-    with progress(f"converting at {budget}") as bar:
+    with progress(f"converting at {budget}"):
         converted = conversion.convert(
             network,
             inputs,
@@ -97,7 +97,6 @@ def convert(
             seed=seed,
             example=torch.zeros(1, *input_size[1:]),
             outputs=outputs,
-            progress=not bar.disable,
             **options,  # type: ignore[arg-type]
         )
     conversion.save(converted, out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from tqdm import tqdm
 
 from ..cost.preserving import copied
+from ..failures import warn
 from ..outputs import MEASURES, Outputs
+from ..progress import progress as progress_bar
 from .calibration import Inputs
 from .checking import check_model, check_reached
 from .fitting import bias_of, fit, targets
@@ -38,8 +38,6 @@ from .varying import Varied
 
 ROUNDS = 2
 """times that a layer is fitted again, to outputs that its activation leaves free"""
-
-_SHARE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 @dataclass(frozen=True)
@@ -179,32 +177,31 @@ def fitted(
         progress: whether to show a progress bar.
     """
     if inputs is None:
-        warnings.warn(
+        warn(
             "conversion without calibration inputs fits the weights alone and keeps the "
             "batch-norm statistics: expect a large loss of accuracy; a few hundred unlabelled "
-            "inputs avoid it",
-            stacklevel=3,
+            "inputs avoid it"
         )
     converted = copied(original)
     by_name = {site.name: site for site in sites}
     changing = [row for row in plan.rows if row.form is not None]
     shown, kind = None, plan.outputs
-    slopes: dict[str, Tensor] = {}
+    information: dict[str, Tensor] = {}
     if inputs is not None:
         kind, found = inputs.measured(kind), [by_name[row.name] for row in changing]
         macs = sum(row.macs_before for row in plan.rows)
         shown = Varied(inputs, macs, plan.seed).taken_by(original)
-        slopes = fisher(original, found, shown, plan.seed, kind, inputs.whole)
+        information = fisher(original, found, shown, plan.seed, kind, inputs.whole)
     # a layer's time grows with the part of both networks that runs before it
     ends = _ends(plan)
     total = sum(ends[row.name] for row in changing)
-    with tqdm(total=total, bar_format=_SHARE, smoothing=0, disable=not progress) as bar:
+    with progress_bar("fitting", total, unit=None, shown=progress) as bar:
         for row in changing:
             bar.set_description(f"fitting {row.name}", refresh=False)
             site = by_name[row.name]
-            slope = slopes.get(row.name)
-            form = _settled(original, converted, site, row, slope, shown, plan.seed)
-            converted = replaced(converted, site.names, form)
+            told = information.get(row.name)
+            layer = _settled(original, converted, site, row, told, shown, plan.seed)
+            converted = replaced(converted, site.names, layer)
             bar.update(ends[row.name])
     if inputs is None:
         return converted, Report(plan, None, False, outputs=kind)
@@ -239,14 +236,14 @@ def _settled(
     converted: nn.Module,
     site: Site,
     row: Row,
-    slopes: Tensor | None,
+    information: Tensor | None,
     shown: Varied | None,
     seed: int,
 ) -> SeparatedConv:
     """Fit a layer, again where its activation leaves its outputs free."""
     conv: Any = original.get_submodule(row.name)
     if shown is None:
-        return fitted_module(conv, row, None, slopes)
+        return fitted_module(conv, row, None, information)
     if not site.calls:
         raise ValueError(
             f"layer `{row.name}` never runs on the `calibration` inputs; keep it dense with "
@@ -255,19 +252,19 @@ def _settled(
     runs = Runs(original, converted, site, shown)
     moments = collect(runs, seed)
     _warn_if_few(moments.count / shown.copies, row)
-    form = fitted_module(conv, row, moments, slopes)
+    layer = fitted_module(conv, row, moments, information)
     for _ in range(ROUNDS if site.sequel.cuts else 0):
-        moments = collect(runs, seed, form, moments)
-        form = fitted_module(conv, row, moments, slopes)
-    return form
+        moments = collect(runs, seed, layer, moments)
+        layer = fitted_module(conv, row, moments, information)
+    return layer
 
 
 def fitted_module(
-    conv: Conv, row: Row, moments: Moments | None, slopes: Tensor | None
+    conv: Conv, row: Row, moments: Moments | None, information: Tensor | None
 ) -> SeparatedConv:
     """Fit a row's form to a layer's moments, group by group, and build its module."""
     assert row.form is not None
-    goals = targets(grouped(conv.weight.detach(), conv.groups), moments, slopes)
+    goals = targets(grouped(conv.weight.detach(), conv.groups), moments, information)
     parts = [fit(goal, row.form, row.rank) for goal in goals]
     joined: list[Any] = [
         None if part[0] is None else torch.cat(part)
@@ -315,10 +312,9 @@ def _warn_if_few(positions: float, row: Row) -> None:
     assert row.shape is not None
     unknowns = row.shape.inputs * row.shape.taps
     if positions < unknowns:
-        warnings.warn(
+        warn(
             f"layer `{row.name}` has {unknowns} inputs per output but the calibration inputs "
-            f"show it only {positions:.0f} positions; more calibration inputs would help",
-            stacklevel=5,
+            f"show it only {positions:.0f} positions; more calibration inputs would help"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..failures import in_a_line
+from ..failures import in_a_line, is_out_of_memory
 from ..outputs import Outputs
 from .following import hooked
 from .sensitivity import GRADIENTS, Returned, tensors
@@ -98,9 +98,9 @@ class Inputs:
         """A network's output on a variation of inputs; None where it takes no variations."""
         try:
             output = model(batch.clone())
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             said = in_a_line(error)
         else:
             found = tensors(output)
@@ -140,9 +140,13 @@ class Inputs:
         try:
             self._single = _runs_unbatched(model, first.clone())
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             try:
                 model(first[None].clone())
-            except Exception:
+            except Exception as second:
+                if is_out_of_memory(second):
+                    raise
                 raise ValueError(
                     f"`calibration`: the model rejects its first item, of shape "
                     f"{tuple(first.shape)}: {error}"
@@ -153,7 +157,10 @@ class Inputs:
         joined = self._joined()
         try:
             model(joined.clone())
-        except Exception:  # a model of one input at a time
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.note(f"the network takes one input at a time ({in_a_line(error)})")
             self._most = 1
             return self._joined()
         return joined
@@ -169,7 +176,10 @@ class Inputs:
             return False
         try:
             model(part)
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.note(f"the network takes no part of a batch ({in_a_line(error)})")
             return True
         return False
 

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..outputs import Outputs
+from ..progress import progress as progress_bar
 from .calibration import Inputs
 from .checking import check_fit, check_reached
 from .fitting import Target, curve, fit, targets
 from .forms import Form, SeparatedConv, attached, exact_rank, grouped, weights_per_position
 from .plans import NothingToConvert, Row
 from .sensitivity import fisher
-from .sites import Site, survey, trace
+from .sites import Site, input_moments, trace
 
 SURVEY_BYTES = 1.5e9
 """memory for the moments of the layers that are surveyed in one pass"""
@@ -107,20 +107,20 @@ def candidates(
     if first is not None:
         check_reached(original, chosen, first, inputs or ())
     options: dict[float, dict[str, list[Option]]] = {share: {} for share in shares}
-    slopes: dict[str, Tensor] = {}
-    with tqdm(total=2 * len(chosen), desc="planning", unit="layer", disable=not progress) as bar:
+    information: dict[str, Tensor] = {}
+    with progress_bar("planning", 2 * len(chosen), "layer", shown=progress) as bar:
         if inputs is not None and chosen:
             kind = inputs.measured(outputs)
-            slopes = fisher(original, chosen, inputs, seed, kind, inputs.whole)
-        for group in _fitting(chosen):
-            moments = survey(original, group, inputs, seed) if inputs is not None else {}
+            information = fisher(original, chosen, inputs, seed, kind, inputs.whole)
+        for group in _split_by_memory(chosen):
+            moments = input_moments(original, group, inputs, seed) if inputs is not None else {}
             bar.update(len(group))
             for site in group:
                 conv = original.get_submodule(site.name)
                 goals = targets(
                     grouped(conv.weight.detach(), conv.groups),
                     moments.pop(site.name, None),
-                    slopes.get(site.name),
+                    information.get(site.name),
                     own=True,
                 )
                 for share, group_of_share in _options(site, goals, forms, shares).items():
@@ -153,7 +153,7 @@ def _stays(model: nn.Module, site: Site, skip: tuple[str, ...], traced: bool) ->
     return ""
 
 
-def _fitting(sites: Sequence[Site]) -> Iterator[list[Site]]:
+def _split_by_memory(sites: Sequence[Site]) -> Iterator[list[Site]]:
     """Split layers into runs whose moments fit in memory together."""
     group: list[Site] = []
     size = 0.0

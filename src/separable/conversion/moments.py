@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ..failures import is_out_of_memory
 from .forms import Conv, Shape, customised, grouped, like
 
 BLOCK = 512
@@ -37,8 +37,6 @@ class Moments:
     """sum of (u - mean)(u - mean)ᵀ, `[G, F, F]`, or `[G, 0, 0]`"""
     cross: Tensor
     """sum of (y - target)(u - mean)ᵀ, `[G, N, F]`"""
-    energy: Tensor
-    """sum of (y - target)², `[G, N]`"""
 
     @classmethod
     def zeros(cls, shape: Shape, device: torch.device | None = None, gram: bool = True) -> Moments:
@@ -55,7 +53,6 @@ class Moments:
             empty(outputs),
             empty(features, features) if gram else empty(0, 0),
             empty(outputs, features),
-            empty(outputs),
         )
 
     def add(self, patches: Tensor, outputs: Tensor) -> None:
@@ -79,7 +76,6 @@ class Moments:
             self.gram[:, rows, : start + BLOCK] += product
             self.gram[:, :start, rows] += product[..., :start].mT
         self.cross.baddbmm_(y, u.mT)
-        self.energy += y.square().sum(2)
 
     def _merge(self, count: float, mean: Tensor, target: Tensor) -> None:
         """Account for the distance between the two means, and move to their common mean."""
@@ -89,7 +85,6 @@ class Moments:
         if self.gram.numel():
             self.gram.baddbmm_(step[:, :, None], step[:, None], alpha=scale)
         self.cross.baddbmm_(shift[:, :, None], step[:, None], alpha=scale)
-        self.energy += scale * shift.square()
         self.mean = self.mean + step * (count / total)
         self.target = self.target + shift * (count / total)
         self.count = total
@@ -107,11 +102,8 @@ class Moments:
         if gram.numel():
             gram = torch.baddbmm(gram, step[:, :, None], step[:, None], alpha=self.count)
         cross = torch.baddbmm(self.cross, shift[:, :, None], step[:, None], alpha=self.count)
-        energy = self.energy + self.count * shift.square()
-        summed(gram, cross, energy)
-        return dataclasses.replace(
-            self, count=total, mean=mean, target=target, gram=gram, cross=cross, energy=energy
-        )
+        summed(gram, cross)
+        return Moments(total, mean, target, gram, cross)
 
 
 def summed(*tensors: Tensor) -> Tensor:
@@ -171,13 +163,15 @@ def is_convolution(conv: Conv, input: Tensor, output: Tensor) -> bool:
         return True
     try:
         patches, wanted = samples(conv, input, output, 64, 0)
-    except Exception:  # a constructor of its own may raise anything
+    except Exception as error:  # a constructor of its own may raise anything
+        if is_out_of_memory(error):
+            raise
         return False
     computed = grouped(conv.weight.detach(), conv.groups).flatten(2) @ patches
     if conv.bias is not None:
         computed = computed + conv.bias.detach().view(conv.groups, -1, 1)
-    error = (computed - wanted).double().square().sum()
-    return bool(error <= 1e-6 * wanted.double().square().sum())
+    rest = (computed - wanted).double().square().sum()
+    return bool(rest <= 1e-6 * wanted.double().square().sum())
 
 
 def _taps(conv: Conv, input: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..cost.preserving import copied
+from ..failures import in_a_line, is_out_of_memory
 from ..outputs import Outputs
+from ..progress import progress as progress_bar
 from .calibration import Inputs
 from .following import Run, followed
 from .forms import SeparatedConv
@@ -84,8 +85,8 @@ def refined(
         # squares overflow in it, and Adam's ε is 0
         moved, teacher = moved.float(), copied(original).float()
         shown = [batch.float() if batch.is_floating_point() else batch for batch in kept]
-        if not _runs(teacher, shown[0]):
-            inputs.note("the network runs in float16 alone, so there was no last pass")
+        if failure := _failure(teacher, shown[0]):
+            inputs.note(f"the network runs in float16 alone, so there was no last pass ({failure})")
             return None
     scales = _variances(teacher, names, shown)
     names = [name for name in names if name in scales]  # the others run on none of them
@@ -98,23 +99,26 @@ def refined(
     groups = [{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
-    for step in tqdm(range(steps), desc="refining", unit="step", disable=not progress):
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * _schedule(step / steps)
-        slopes = [torch.zeros_like(weight) for weight in weights]
-        for batch, goal, ends in _lessons(teacher, names, inputs, shown, part, generator):
-            with torch.enable_grad():
-                loss = _loss(moved, compared(goal, outputs), ends, scales, batch, outputs) / drawn
-            if not loss.requires_grad:
-                return None  # the outputs do not depend on the weights, or hide how
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
-            for slope, more in zip(slopes, found, strict=True):
-                if more is not None:
-                    slope += more
-        summed(*slopes)
-        for weight, slope in zip(weights, slopes, strict=True):
-            weight.grad = slope
-        optimiser.step()
+    with progress_bar("refining", steps, "step", shown=progress) as bar:
+        for step in range(steps):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * _schedule(step / steps)
+            slopes = [torch.zeros_like(weight) for weight in weights]
+            for batch, goal, ends in _lessons(teacher, names, inputs, shown, part, generator):
+                goal = compared(goal, outputs)
+                with torch.enable_grad():
+                    loss = _loss(moved, goal, ends, scales, batch, outputs) / drawn
+                if not loss.requires_grad:
+                    return None  # the outputs do not depend on the weights, or hide how
+                found = torch.autograd.grad(loss, weights, allow_unused=True)
+                for slope, more in zip(slopes, found, strict=True):
+                    if more is not None:
+                        slope += more
+            summed(*slopes)
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.grad = slope
+            optimiser.step()
+            bar.update()
     result = copied(converted)
     _take_over(result, moved, names)
     fresh = _fresh(original, inputs, kept, generator)
@@ -123,12 +127,15 @@ def refined(
 
 
 @torch.no_grad()
-def _runs(model: nn.Module, batch: Tensor) -> bool:
+def _failure(model: nn.Module, batch: Tensor) -> str:
+    """Why a network does not run; it may cast what it is given, or ask for a type."""
     try:
         model(batch.clone())
-    except Exception:  # it may cast what it is given, or ask for a type
-        return False
-    return True
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return in_a_line(error)
+    return ""
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..failures import warn
 from ..outputs import Outputs
 from .following import hooked
 from .moments import summed
@@ -94,10 +94,9 @@ def fisher(
                         sums[name] = sums.get(name, 0) + _outer(slope, model.get_submodule(name))
     total = torch.tensor(float(count), dtype=torch.float64)
     if energies and not sums:
-        warnings.warn(
+        warn(
             "the outputs of `model` hide how they depend on its layers (`no_grad`, `detach`, whole "
-            "numbers): each layer is weighed by its own outputs, and there is no last pass",
-            stacklevel=2,
+            "numbers): each layer is weighed by its own outputs, and there is no last pass"
         )
         summed(total, *(energies[name] for name in sorted(energies)))
         return {name: _alike(e / total, model.get_submodule(name)) for name, e in energies.items()}

@@ -266,7 +266,7 @@ class Runs:
 
 @torch.no_grad()
 def collect(
-    runs: Runs, seed: int, form: nn.Module | None = None, before: Moments | None = None
+    runs: Runs, seed: int, layer: nn.Module | None = None, before: Moments | None = None
 ) -> Moments:
     """Moments of a layer's inputs in the converted network and of the outputs it should have.
 
@@ -276,7 +276,7 @@ def collect(
     Args:
         runs: of the layer.
         seed: of the draw of positions.
-        form: the layer as it was fitted last, if it was.
+        layer: the layer as it was fitted last, if it was.
         before: the moments that it was fitted to.
     """
     conv, sequel = runs.conv, runs.site.sequel
@@ -284,7 +284,7 @@ def collect(
     for u, y, old, new in runs:
         if sequel.matters:
             beside = None if old is None or new is None else (old, new)
-            reached = None if form is None else form(u)
+            reached = None if layer is None else layer(u)
             y = sequel.goal(y, reached, beside, len(conv.kernel_size))
         moments.add(*samples(conv, u, y, POSITIONS, seed))
     moments = moments.reduced()
@@ -294,7 +294,7 @@ def collect(
 
 
 @torch.no_grad()
-def survey(
+def input_moments(
     model: nn.Module, sites: Sequence[Site], inputs: Iterable[Tensor], seed: int
 ) -> dict[str, Moments]:
     """Moments of the inputs of several layers of one network, in one pass."""

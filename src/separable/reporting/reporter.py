@@ -16,7 +16,7 @@ from ..conversion import Report as Conversion
 from ..conversion.calibration import Inputs
 from ..conversion.converting import frontier as converted_within
 from ..conversion.plans import Budget, NothingToConvert
-from ..conversion.sensitivity import Returned, divergence, is_logits, tensors
+from ..conversion.sensitivity import Returned, divergence, is_logits
 from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
 from ..cost.inputs import Sizes, make_inputs
@@ -26,7 +26,7 @@ from ..outputs import MEASURES, Outputs, check_outputs
 from ..progress import progress as progress_bar
 from ..runtime import CompiledModel, compile
 from ..runtime import machine as machines
-from ..runtime.checking import TOLERANCE, deviation
+from ..runtime.checking import TOLERANCE, outputs_deviation
 from ..runtime.explaining import Explanation
 from ..runtime.roofline import Peak
 from .findings import Findings, Kind, Machine, Network, Point
@@ -142,7 +142,6 @@ def report(
                     seed=seed,
                     example=given[0][:1] if isinstance(given[0], Tensor) else None,
                     outputs=measure,
-                    progress=not bar.disable,
                 )
                 contenders += [_Contender(name, slim, given) for name, slim in found.items()]
         except NothingToConvert as error:
@@ -209,8 +208,7 @@ class _Contender:
         """Compile the network and check what it returns; say why where that fails."""
         try:
             compiled = compile(self.network, given, threads=threads)
-            found, expected = tensors(compiled(*given)), tensors(self.output)
-            self.deviation = max(map(deviation, found, expected), default=0.0)
+            self.deviation = outputs_deviation(compiled(*given), self.output)
         except Exception as error:  # whatever torch.export or a kernel raises
             self.problem = in_a_line(error).rstrip(".")
             return

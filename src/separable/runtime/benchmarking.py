@@ -20,12 +20,13 @@ from prettytable import PrettyTable, TableStyle
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..cost.preserving import copied
 from ..failures import in_a_line
 from ..limits import check_threads
 from ..progress import progress, timed
 from . import machine as machines
 from .backend import compile as compile_model
-from .checking import TOLERANCE, deviation
+from .checking import TOLERANCE, outputs_deviation
 from .onnx_graph import onnx_program
 from .roofline import Peak
 
@@ -139,7 +140,7 @@ def benchmark(
     """Time a network in `separable` and other runtimes, in turns, outputs checked first.
 
     Args:
-        model: in eval mode; takes and returns one float32 tensor.
+        model: in eval mode; takes one float32 tensor.
         input_size: of its input.
         threads: that every runtime may use.
         against: any of `"eager"`, `"channels_last"`, `"inductor"`, `"onnxruntime"`, `"openvino"`,
@@ -175,8 +176,8 @@ def _benchmark(
     isa: str | None,
 ) -> Benchmark:
     x = torch.randn(input_size, generator=torch.Generator().manual_seed(0))
-    expected = _first(model(x))
-    if not expected.isfinite().all():
+    expected = pytree.tree_leaves(model(x))
+    if not all(output.isfinite().all() for output in expected):
         raise ValueError(
             f"`model` ({network or type(model).__name__}) gives NaN or infinity on random inputs, "
             "and no runtime can be held to that; check its weights"
@@ -197,8 +198,8 @@ def _benchmark(
             bar.update()
     errors: dict[str, float] = {}
     for name, run in list(runners.items()):
-        result = torch.as_tensor(np.asarray(_first(run())))
-        errors[name] = deviation(result, expected)
+        result = [torch.as_tensor(np.asarray(output)) for output in pytree.tree_leaves(run())]
+        errors[name] = outputs_deviation(result, expected)
         if not errors[name] < TOLERANCE:
             runners.pop(name)
             notes[name] = f"wrong output, error {errors[name]:.1e}"
@@ -275,19 +276,12 @@ def _unfused(model: nn.Module, x: torch.Tensor, threads: int, isa: str | None = 
     return lambda: compiled(x)
 
 
-def _first(outputs: Any) -> Any:
-    """The first output, which all runtimes have."""
-    return pytree.tree_leaves(outputs)[0]
-
-
 def _eager(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
     return lambda: model(x)
 
 
 def _channels_last(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
-    import copy
-
-    clone = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    clone = copied(model).to(memory_format=torch.channels_last)
     y = x.to(memory_format=torch.channels_last)
     return lambda: clone(y)
 
@@ -323,7 +317,7 @@ def _onnxruntime(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
         _onnx(model, x), options, providers=["CPUExecutionProvider"]
     )
     feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)[0]
+    return lambda: session.run(None, feed)
 
 
 def _openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
@@ -338,7 +332,7 @@ def _openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Runner:
     compiled = core.compile_model(core.read_model(_onnx(model, x)), "CPU", settings)
     request = compiled.create_infer_request()
     data = x.numpy()
-    return lambda: next(iter(request.infer([data]).values()))
+    return lambda: list(request.infer([data]).values())
 
 
 _RUNTIMES: dict[str, Start] = {

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 TOLERANCE = 1e-3
 """of the largest output, by which rounding in another order may change a result"""
+
+
+def outputs_deviation(found: Any, expected: Any) -> float:
+    """Largest `deviation` of a network's outputs, however it nests them.
+
+    It is infinite where their numbers differ.
+    """
+    pairs = [
+        [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        for outputs in (found, expected)
+    ]
+    if len(pairs[0]) != len(pairs[1]):
+        return math.inf
+    return max(map(deviation, *pairs), default=0.0)
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
