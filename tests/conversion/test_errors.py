@@ -71,7 +71,7 @@ def biased(value):
             INPUTS,
             "macs=0.5",
             ValueError,
-            "before its first run",
+            "without a shape",
         ),
         (network().to("meta"), INPUTS, "macs=0.5", ValueError, "on the meta device"),
         (broken(float("nan")), INPUTS, "macs=0.5", ValueError, "weight of layer `2`"),

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from ..cost.counting import check_module
 from ..cost.preserving import copied
 from .forms import FORMS, Form
 from .sites import Site, replaced, trace
@@ -27,13 +27,8 @@ def check_model(model: Any, report: type) -> None:
         TypeError: it is no module.
         ValueError: it has no weights yet, or an attribute in the report's place.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` (a {type(model).__name__}) must be a torch.nn.Module")
+    check_module(model, "model")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(
-                f"`model` has no `{name}` before its first run: its layers are lazy; run it once"
-            )
         if tensor.device.type == "meta":
             raise ValueError(f"`model` has no values: `{name}` is on the meta device; load them")
     own = getattr(model, "report", None)

@@ -172,6 +172,21 @@ class Comparison:
         return self.to_string("html")
 
 
+def check_same_outputs(accounts: Mapping[str, Account]) -> None:
+    """See that networks return outputs of the same shapes for the same inputs.
+
+    Args:
+        accounts: of each, by the argument that it came from.
+
+    Raises:
+        ValueError: they do not.
+    """
+    shapes = {name: account.output_shapes for name, account in accounts.items()}
+    if len(set(shapes.values())) > 1:
+        told = " and ".join(f"`{name}` (output shapes {each})" for name, each in shapes.items())
+        raise ValueError(f"{told} must map the same inputs to the same output shapes")
+
+
 def compare(
     regular: nn.Module,
     separable: nn.Module,
@@ -219,11 +234,7 @@ def compare(
         count(model, input_size, inputs=inputs, kwargs=kwargs, dtypes=dtypes, device=device)
         for model in (regular, separable)
     ]
-    if accounts[0].output_shapes != accounts[1].output_shapes:
-        raise ValueError(
-            f"`regular` (output shapes {accounts[0].output_shapes}) and `separable` (output shapes "
-            f"{accounts[1].output_shapes}) must map the same inputs to the same output shapes"
-        )
+    check_same_outputs({"regular": accounts[0], "separable": accounts[1]})
     measured = None
     if latency:
         one, other = measure_interleaved(

@@ -105,7 +105,7 @@ def total_learnables(model: nn.Module) -> tuple[int, PrettyTable]:
         TypeError: `model` is not an `nn.Module`.
         ValueError: `model` has parameters or buffers without a shape.
     """
-    _check_module(model, "model")
+    check_module(model, "model")
     table = PrettyTable(["Learnable", "Count"])
     table.align["Learnable"], table.align["Count"] = "l", "r"
     learnables = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -125,7 +125,7 @@ def unwrap(model: Any, argument: str = "model") -> nn.Module:
             model = model._orig_mod
         else:
             break
-    _check_module(model, argument)
+    check_module(model, argument)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"`{name}` in `{argument}`" if name else f"`{argument}`"
@@ -137,7 +137,13 @@ def unwrap(model: Any, argument: str = "model") -> nn.Module:
     return checked
 
 
-def _check_module(model: Any, argument: str) -> None:
+def check_module(model: Any, argument: str) -> None:
+    """See that a model is a module whose parameters and buffers have their shapes.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it has lazy ones.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`{argument}` (a {type(model).__name__}) must be an nn.Module")
     tensors = (*model.named_parameters(), *model.named_buffers())

@@ -19,6 +19,7 @@ from ..conversion.plans import Budget, NothingToConvert
 from ..conversion.sensitivity import Returned, divergence, is_logits
 from ..conversion.sites import frozen_copy
 from ..cost import Account, LayerTime, Measurement, count, measure_interleaved
+from ..cost.comparison import check_same_outputs
 from ..cost.inputs import Sizes, make_inputs
 from ..cost.measuring import check_timing
 from ..failures import in_a_line
@@ -121,7 +122,7 @@ def report(
             own = getattr(converted, "report", None)
             name = own.plan.budget if isinstance(own, Conversion) else "converted"
             contenders.append(_Contender(name, frozen_copy(converted), given, "converted"))
-            _check_shapes("converted", *contenders)
+            check_same_outputs({"model": contenders[0].account, "converted": contenders[1].account})
         regular = contenders[0]
         measure = outputs
         if outputs == "auto" and contenders[-1].conversion is not None:
@@ -152,7 +153,8 @@ def report(
             for name, network in (beside or {}).items()
         ]
         for other in contenders[len(contenders) - len(beside or ()) :]:
-            _check_shapes(f"beside[{other.name!r}]", contenders[0], other)
+            name = f"beside[{other.name!r}]"
+            check_same_outputs({"model": contenders[0].account, name: other.account})
         _measure(contenders, given, threads, repeats, min_seconds, bar)
         machine = _measure_layers(contenders[: 1 + is_converted], given, repeats, bar)
         _next(bar, "measuring errors")
@@ -244,15 +246,6 @@ class _Contender:
             accuracy=self.accuracy,
             chosen=chosen,
             kind=self.kind,
-        )
-
-
-def _check_shapes(name: str, regular: _Contender, other: _Contender) -> None:
-    shapes = [each.account.output_shapes for each in (regular, other)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"`{name}` (output shapes {shapes[1]}) must map the same inputs to the output shapes "
-            f"of `model` (={shapes[0]})"
         )
 
 
