@@ -63,7 +63,7 @@ def biased(value):
         (biased(float("nan")), INPUTS, "macs=0.5", ValueError, "the bias of layer `2`"),
         (network(), [torch.tensor(1.0)], "macs=0.5", ValueError, "single number"),
         (network(), torch.tensor(1.0), "macs=0.5", ValueError, "single number"),
-        ("resnet18", INPUTS, "macs=0.5", TypeError, "`model` .a str. must be a torch.nn.Module"),
+        ("resnet18", INPUTS, "macs=0.5", TypeError, "`model` .a str. must be an nn.Module"),
         (network().state_dict(), INPUTS, "macs=0.5", TypeError, "`model`"),
         (None, INPUTS, "macs=0.5", TypeError, "`model`"),
         (
