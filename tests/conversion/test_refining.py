@@ -103,7 +103,7 @@ def test_outputs_that_are_no_logits():
     inputs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     plan = separable.plan(model, inputs, "macs=0.4", progress=False)
     given = Inputs(inputs, model)
-    fitted, _ = fit(model, plan, given, progress=False)
+    fitted, _ = fit(model, plan, trace(model, given.first), given, progress=False)
     better = refined(fitted, model, given, 1.0, 0, progress=False)
     assert better is not None
     assert divergence(better, model, given) < divergence(fitted, model, given)

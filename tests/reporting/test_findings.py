@@ -217,6 +217,21 @@ def test_values_are_compared_as_the_conversion_did(hasty):
         separable.report(model, SIZE, outputs="words", **QUICK)
 
 
+class Classes(nn.Sequential):
+    """Returns whole numbers, whose distance says nothing."""
+
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+@pytest.mark.filterwarnings("ignore:conversion without calibration inputs")
+def test_outputs_that_cannot_be_compared_are_no_hindrance():
+    model = Classes(network())
+    found = separable.report(model, SIZE, budget="params=0.5", **QUICK)
+    assert found.converted is not None
+    assert found.error is None
+
+
 def test_an_error_from_before_a_training_is_not_reported(converted):
     model = network().eval()
     tuned = copy.deepcopy(converted)

@@ -124,13 +124,13 @@ def report(
             contenders.append(_Contender(name, frozen_copy(converted), given, "converted"))
             check_same_outputs({"model": contenders[0].account, "converted": contenders[1].account})
         regular = contenders[0]
-        measure = outputs
+        kind: Outputs = outputs
         if outputs == "auto" and contenders[-1].conversion is not None:
-            measure = contenders[-1].conversion.outputs
-        measured = converted is not None and calibration is not None
+            kind = contenders[-1].conversion.outputs
+        measured = calibration is not None and (bool(budgets) or converted is not None)
         # what has no outputs to compare is reported too, but not how far they move
-        if regular.returned.is_comparable or budgets or measured:
-            measure = regular.returned.compared_as(measure)
+        comparable = measured or regular.returned.is_comparable
+        measure = regular.returned.compared_as(kind) if comparable else kind
         obstacle = ""
         try:
             if budgets:
@@ -142,7 +142,7 @@ def report(
                     frontier,
                     seed=seed,
                     example=given[0][:1] if isinstance(given[0], Tensor) else None,
-                    outputs=measure,
+                    outputs=kind,
                 )
                 contenders += [_Contender(name, slim, given) for name, slim in found.items()]
         except NothingToConvert as error:
