@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from ..images import IMAGENET_MEAN, IMAGENET_STD
+from ..limits import whole_number
 
 if typing.TYPE_CHECKING:
     import torch
@@ -282,7 +283,9 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
             pass
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if kind is int:
+        return whole_number(name, value)
+    if not isinstance(value, kind):
         raise TypeError(f"`{name}` (={value!r}) must be of the type {kind.__name__}")
     return value
 
