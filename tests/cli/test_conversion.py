@@ -77,13 +77,13 @@ def test_the_file_loads_again_and_the_report_is_json(place, hasty):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"budget": "speed=2"}, "`budget` (='speed=2')"),
+        ({"budget": "speed=2"}, "--budget (='speed=2')"),
         ({"budget": "macs=0.0001"}, "cannot be met; the nearest one that can be is 'macs="),
         ({"weights": "missing.safetensors"}, "--weights: there is no file"),
         ({"calibration": "missing"}, "--calibration: there is no folder"),
         ({"out": "missing/slim.safetensors"}, "--out: there is no folder"),
-        ({"input-size": "1x5x16x16"}, "--input-size must be Nx1xHxW or Nx3xHxW for images"),
-        ({"mean": "0.5,0.5"}, "--mean (=0.5,0.5) must be one or 3 numbers"),
+        ({"input-size": "1x5x16x16"}, "must be Nx1xHxW or Nx3xHxW for images"),
+        ({"mean": "0.5,0.5"}, "--mean (=0.5,0.5) must be one number, or 3"),
         ({"mean": "grey"}, "must be numbers with commas between them"),
         ({"format": "csv"}, "use table or json"),
     ],

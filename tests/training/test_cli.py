@@ -151,12 +151,12 @@ def test_finetuning_without_labels(place, hasty):
             "are smaller than the stride of `model`, which is 32",
         ),
         ({"optimizer": "adam"}, "Invalid value for '--optimizer'"),
-        ({"epochs": 0}, "`epochs` (=0) must be at least 1"),
+        ({"epochs": 0}, "--epochs (=0) must be at least 1"),
         ({"config": "bad.yaml"}, "has no `epoch`; the nearest is `epochs`"),
         ({"format": "csv"}, "use table or json"),
         ({"devices": "none"}, "`devices`"),
         ({"strategy": "fsdp", "ema": 0}, "requires a GPU accelerator"),
-        ({"augment": "shift", "workers": -1}, "`workers` (=-1) must be 0 to 256"),
+        ({"augment": "shift", "workers": -1}, "--workers (=-1) must be 0 to 256"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_run(place, options, words, monkeypatch):

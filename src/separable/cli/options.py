@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..limits import MOST_THREADS
+from .errors import named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -219,6 +220,14 @@ def table_or_json(style: str) -> None:
     """Refuse the formats that a command without a table of its own can't draw."""
     if style not in ("table", "json"):
         raise click.UsageError(f"--format {style} is not made for this command; use table or json")
+
+
+def load_converted(path: Path | str, network: nn.Module, option: str) -> nn.Module:
+    """Read a conversion of a network from the file that an option names."""
+    from .. import conversion
+
+    with named(path=option):
+        return conversion.load(path, model=network)
 
 
 def load(name: str, weights: Path | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..training.recipe import Distillation, Recipe, described, read_config
-from .options import MODEL_HELP, load, numbers, output_format, table_or_json
+from .options import MODEL_HELP, load, load_converted, numbers, output_format, table_or_json
 
 DATA_HELP = "A folder, digits, cifar10 or hf:NAME."
 
@@ -155,7 +155,7 @@ def finetune(
         --weights in.safetensors --data photos --epochs 1
     """
     table_or_json(style)
-    from .. import conversion, training
+    from .. import training
 
     keys = ("student", "teacher", "weights", "data", "validation_data")
     own = dict(zip(keys, (student, teacher, weights, data, validation_data), strict=True))
@@ -164,7 +164,7 @@ def finetune(
     weights_file = None if names["weights"] is None else Path(names["weights"])
     original = load(names["teacher"], weights_file)
     network = training.finetune(
-        conversion.load(names["student"], model=original),
+        load_converted(names["student"], original, "--student"),
         teacher=original,
         data=names["data"],
         validation_data=names["validation_data"],
