@@ -85,7 +85,7 @@ def test_the_file_loads_again_and_the_report_is_json(place, hasty):
         ({"input-size": "1x5x16x16"}, "must be Nx1xHxW or Nx3xHxW for images"),
         ({"mean": "0.5,0.5"}, "--mean (=0.5,0.5) must be one number, or 3"),
         ({"mean": "grey"}, "must be numbers with commas between them"),
-        ({"format": "csv"}, "use table or json"),
+        ({"format": "csv"}, "'csv' is not one of 'table', 'json'"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(place, options, words):

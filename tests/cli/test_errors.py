@@ -260,7 +260,7 @@ def _cases():
         f"--seed={10**30}": "'--seed'",
         "--form=dense": "'dense' is not one of",
         "--skip=nowhere": "--skip (='nowhere') must name a layer",
-        "--format=csv": "use table or json",
+        "--format=csv": "'csv' is not one of 'table', 'json'",
     }.items():
         yield f"{convert} {rest}", words
     yield convert.replace("--budget=macs=0.5", ""), "Missing option '--budget'"
@@ -329,7 +329,7 @@ def _cases():
     yield f"bench nets.py:net {SIZE} --turns=0", "'--turns'"
     yield f"bench nets.py:nan {SIZE}", "gives NaN or infinity on random inputs"
     yield f"bench nets.py:net {SIZE} --threads=1,0", "of at least 1"
-    yield f"bench nets.py:net {SIZE} --format=csv", "use table or json"
+    yield f"bench nets.py:net {SIZE} --format=csv", "'csv' is not one of 'table', 'json'"
     for rest, words in {
         "--data=missing": "missing",
         "--data=nobody": "nobody",
@@ -377,7 +377,7 @@ def _cases():
         "--config=good.safetensors": "is no YAML file",
         "--out=nets.py": "is a file",
         "--out=/proc/new": "/proc",
-        "--format=csv": "use table or json",
+        "--format=csv": "'csv' is not one of 'table', 'json'",
     }.items():
         yield f"{train} {rest}", words
     yield train.replace("--epochs=1", "--config=value.yaml"), "epochs"
@@ -409,7 +409,7 @@ def _cases():
         "demo --out=/proc/new": "/proc",
         "demo --format=xml": "'xml' is not one of",
         "demo nets.py:net": "unexpected extra argument",
-        "doctor --format=csv": "use table or json",
+        "doctor --format=csv": "'csv' is not one of 'table', 'json'",
         "doctor me": "unexpected extra argument",
         "completion": "Missing argument",
         "completion tcsh": "'tcsh' is not one of",

@@ -153,7 +153,7 @@ def test_finetuning_without_labels(place, hasty):
         ({"optimizer": "adam"}, "Invalid value for '--optimizer'"),
         ({"epochs": 0}, "--epochs (=0) must be at least 1"),
         ({"config": "bad.yaml"}, "has no `epoch`; the nearest is `epochs`"),
-        ({"format": "csv"}, "use table or json"),
+        ({"format": "csv"}, "'csv' is not one of 'table', 'json'"),
         ({"devices": "none"}, "`devices`"),
         ({"strategy": "fsdp", "ema": 0}, "requires a GPU accelerator"),
         ({"augment": "shift", "workers": -1}, "--workers (=-1) must be 0 to 256"),

@@ -14,9 +14,9 @@ from .options import (
     check_writable,
     input_size,
     load,
-    output_format,
     photos,
     table_or_json,
+    torch_threads,
     weights,
 )
 
@@ -31,7 +31,10 @@ FORMS = (
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @click.option(
-    "--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01."
+    "--budget",
+    required=True,
+    help="As in macs=0.25, params=0.2, latency=0.4, error=0.01. Shares of the original's, but for "
+    "the error; latency is the time of eager PyTorch, measured here with --threads.",
 )
 @click.option(
     "--out",
@@ -56,7 +59,8 @@ FORMS = (
     "all [N, k] for scores.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
-@output_format
+@torch_threads
+@table_or_json
 def convert(
     model: str,
     budget: str,
@@ -79,7 +83,6 @@ def convert(
     separable convert torchvision:resnet18 --weights in.safetensors \\
         --calibration photos --budget macs=0.25 --out slim.safetensors
     """
-    table_or_json(style)
     check_writable(out)
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .options import output_format, table_or_json
+from .options import table_or_json
 
 EXTRAS = {
     "zoo": "networks named torchvision:... and timm:...",
@@ -28,7 +28,7 @@ EXTRAS = {
 
 
 @click.command()
-@output_format
+@table_or_json
 def doctor(style: Any) -> str:
     """Show versions, CPU, threads and kernel cache, and what is missing for which feature.
 
@@ -36,7 +36,6 @@ def doctor(style: Any) -> str:
     separable doctor
     separable doctor --json
     """
-    table_or_json(style)
     findings = {
         "versions": _versions(),
         "cpu": _cpu(),

@@ -17,7 +17,7 @@ from .options import (
     load_converted,
     numbers,
     photos,
-    threads,
+    torch_threads,
     weights,
 )
 
@@ -52,7 +52,7 @@ FORMATS = ("html", "json", "csv", "png", "svg")
     "Folder of images, searched with its subfolders. Without it the weights alone are fitted.",
 )
 @input_size
-@threads
+@torch_threads
 @click.option(
     "--repeats",
     type=click.IntRange(1),
@@ -89,7 +89,6 @@ def report(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     input_size: tuple[int, ...],
-    threads: int | None,
     repeats: int,
     seed: int,
     out: Path,
@@ -135,7 +134,6 @@ def report(
         calibration=inputs,
         frontier=points,
         data=data,
-        threads=threads,
         repeats=repeats,
         seed=seed,
         title=model.rpartition(":")[2],

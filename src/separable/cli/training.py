@@ -11,18 +11,21 @@ from typing import Any
 import click
 
 from ..training.recipe import Distillation, Recipe, described, read_config
-from .options import MODEL_HELP, load, load_converted, numbers, output_format, table_or_json
+from .options import (
+    MODEL_HELP,
+    load,
+    load_converted,
+    numbers,
+    table_or_json,
+    torch_threads,
+)
+from .options import names as read_names
 
 DATA_HELP = "A folder, digits, cifar10 or hf:NAME."
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Read names with commas between them."""
-    return tuple(text.split(","))
-
-
 # how an option that is a list is read
-_LISTS: dict[Any, Any] = {tuple[float, ...]: numbers, tuple[str, ...]: _names}
+_LISTS: dict[Any, Any] = {tuple[float, ...]: numbers, tuple[str, ...]: read_names}
 
 
 def _recipe(kind: type[Recipe]) -> Callable[[Any], Any]:
@@ -81,7 +84,8 @@ def _shared(function: Any) -> Any:
 @click.option("--model", help="The network; see below. It gets as many classes as the data.")
 @_shared
 @_recipe(Recipe)
-@output_format
+@torch_threads
+@table_or_json
 def train(
     model: str | None,
     data: str | None,
@@ -102,7 +106,6 @@ def train(
     separable train --model separable:mobilenet_v1 --data photos --epochs 90
     separable train --model separable:mobilenet_v1,stem_stride=1 --data digits --epochs 10
     """
-    table_or_json(style)
     from .. import training
 
     given = _configured(
@@ -132,7 +135,8 @@ def train(
 @click.option("--weights", help="The teacher's trained weights, safetensors.")
 @_shared
 @_recipe(Distillation)
-@output_format
+@torch_threads
+@table_or_json
 def finetune(
     student: str | None,
     teacher: str | None,
@@ -154,7 +158,6 @@ def finetune(
     separable finetune --student slim.safetensors --teacher torchvision:resnet18 \\
         --weights in.safetensors --data photos --epochs 1
     """
-    table_or_json(style)
     from .. import training
 
     keys = ("student", "teacher", "weights", "data", "validation_data")

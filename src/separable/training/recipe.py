@@ -197,7 +197,7 @@ class Distillation(Recipe):
     )
     weight_decay: float | None = _field(
         0.0,
-        "Not on norms, biases and depthwise filters; by optimiser as in `train` if left out.",
+        "Not on norms, biases and depthwise filters; None takes that of `train`.",
         0,
     )
     label_smoothing: float = _field(0.0, "Share of a label that all classes get alike.", 0, 1)
