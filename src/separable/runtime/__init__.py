@@ -8,6 +8,14 @@ execute    threads and calls
 backend    `compile` and the torch.compile backend
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError(
+        "separable.runtime, and with it compile, report and export, needs Linux or macOS: its "
+        "threads are POSIX's; on Windows run networks in PyTorch"
+    )
+
 from .backend import compile
 from .compiled import CompiledModel
 from .files import load_compiled

@@ -205,6 +205,7 @@ def load_compiled(path: str | os.PathLike[str]) -> CompiledModel:
         path: of a file that `CompiledModel.save` wrote.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, foreign, of another format, or describes a model whose
             kernels would leave their buffers.
     """
