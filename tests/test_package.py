@@ -94,7 +94,7 @@ def test_no_room_starts_cuda():
 def test_windows_has_every_room_but_the_runtime_and_what_needs_it():
     pytest.importorskip("lightning", reason="needs the extra `train`")
     code = (
-        "import lightning.pytorch, sys, torch\n"
+        "import click, lightning.pytorch, prettytable, sys, torch\n"
         "sys.platform = 'win32'\n"
         "import separable\n"
         "for room in ('nn', 'cost', 'models', 'conversion', 'training'):\n"
