@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .wording import counted
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -212,7 +214,7 @@ class _Reader:
 def skipped(broken: Sequence[Path | str]) -> str:
     """Say which images could not be read, in a line."""
     names = ", ".join(map(str, broken[:3])) + ", ..." * (len(broken) > 3)
-    return f"Skipped {len(broken)} images that can't be read: {names}"
+    return f"Skipped {counted(len(broken), 'image')} that can't be read: {names}"
 
 
 def no_images(folder: Path, argument: str) -> ValueError:

@@ -63,7 +63,7 @@ def test_the_file_loads_again_and_the_report_is_json(place, hasty):
     report = json.loads(result.stdout)
     assert report["plan"]["budget"] == "macs=0.5"
     assert report["error"] >= 0
-    assert "Skipped 1 images that can't be read" in result.stderr
+    assert "Skipped 1 image that can't be read" in result.stderr
     assert "broken.png" in result.stderr
 
     model = separable.models.create_model(f"{place / 'nets.py'}:net").eval()

@@ -77,7 +77,7 @@ def test_training_on_a_folder(place):
     # 32 images, 3 held out
     assert told["steps"] == 2 * (29 // 8)
     assert told["skipped"] == [str(place / "photos" / "dark" / "3.png")]
-    assert "Skipped 1 images that can't be read" in result.stderr
+    assert "Skipped 1 image that can't be read" in result.stderr
     assert set(told["metrics"]) >= {"val_loss", "val_accuracy", "train_loss"}
     weights = place / "run" / "best.safetensors"
     model = f"{place / 'nets.py'}:net"
