@@ -209,7 +209,7 @@ class Distillation(Recipe):
     )
     temperature: float = _field(4.0, "Both networks' logits are divided by it.", 0.01)
     features: float = _field(
-        1.0, "Weight of the block ends' relative squared error; 0 leaves them out.", 0
+        1.0, "Weight of the block ends' squared error over their variance; 0 leaves them out.", 0
     )
     blocks: tuple[str, ...] = _field(
         (), "Modules to match, as in layer1.*; left out the blocks that hold converted layers."
