@@ -96,9 +96,8 @@ def main() -> None:
     print(table)
     versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
     date = datetime.date.today().isoformat()
-    print(
-        f"\n{one.device}; threads: {args.threads}; float32; {versions}; {args.repeats} repeats; {date}"
-    )
+    conditions = f"{one.device}; threads: {args.threads}; float32; {versions}"
+    print(f"\n{conditions}; {args.repeats} repeats; {date}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"date": date, "arguments": vars(args), "rows": rows}

@@ -2,8 +2,8 @@
 
 python benchmarks/runtime/system.py promise memory compile busy --output results.json
 
-A part that is run again is kept, with its date, under `earlier` of the file: what a busy machine does to
-figures shows in several runs.
+What a part gave before is kept, with its date, under `earlier` of the file: what a busy machine
+does to figures shows in several runs.
 """
 
 from __future__ import annotations

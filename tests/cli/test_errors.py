@@ -295,7 +295,7 @@ def _cases():
     }.items():
         yield f"{export} {rest}", words
     yield export.replace("--out=new.onnx", ""), "Missing option '--out'"
-    yield export.replace("nets.py:net", "nets.py:nan"), "returns NaN for `example`"
+    yield export.replace("nets.py:net", "nets.py:nan"), "returns NaN for an input of --input-size"
     for rest, words in {
         "": "--in-channels is missing",
         "nets.py:net": "compare needs two networks, got 1",

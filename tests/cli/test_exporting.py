@@ -69,7 +69,10 @@ def test_a_converted_network(place):
         (["--out=net.onnx", "--converted=missing"], "(='missing') is no file"),
         (["--out=net.onnx", "--weights=missing"], "--weights: there is no file"),
         (["--out=net.onnx", "--check=missing"], "--check: there is no folder"),
-        (["--out=net.onnx", "--input-size=1x5x32x32"], "MODEL does not take --input-size"),
+        (
+            ["--out=net.onnx", "--input-size=1x5x32x32"],
+            "MODEL does not take an input of --input-size",
+        ),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(place, arguments, words):

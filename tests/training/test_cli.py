@@ -148,7 +148,7 @@ def test_finetuning_without_labels(place, hasty):
         ({"data": "hf:no/such"}, "can't be loaded, which needs the network"),
         (
             {"model": "separable:mobilenet_v1"},
-            "are smaller than the stride of `model`, which is 32",
+            "are smaller than the stride of --model, which is 32",
         ),
         ({"optimizer": "adam"}, "Invalid value for '--optimizer'"),
         ({"epochs": 0}, "--epochs (=0) must be at least 1"),

@@ -85,7 +85,7 @@ def export(
     if check is not None:
         images = read_images("--check", check, input_size, mean, std, most, seed=0)
         inputs = list(images.split(BATCH))
-    with named(path="--out", example="--input-size"):
+    with named(path="--out", example="an input of --input-size"):
         exported = exporting.export(
             network,
             out,
