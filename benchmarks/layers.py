@@ -95,10 +95,12 @@ def main() -> None:
     table.set_style(TableStyle.MARKDOWN)
     print(table)
     versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
-    print(f"\n{one.device}; {args.threads} thread(s); float32; {versions}; {args.repeats} repeats.")
+    date = datetime.date.today().isoformat()
+    conditions = f"{one.device}; threads: {args.threads}; float32; {versions}"
+    print(f"\n{conditions}; {args.repeats} repeats; {date}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"date": datetime.date.today().isoformat(), "arguments": vars(args), "rows": rows}
+        record = {"date": date, "arguments": vars(args), "rows": rows}
         args.out.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 

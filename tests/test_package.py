@@ -1,5 +1,6 @@
 """The public surface: what `separable` exports, and that importing it costs next to nothing."""
 
+import json
 import subprocess
 import sys
 
@@ -30,6 +31,7 @@ def test_public_names():
         "count",
         "crosscheck",
         "export",
+        "exporting",
         "finetune",
         "load",
         "load_compiled",
@@ -57,7 +59,8 @@ def test_every_public_name_loads_and_says_what_it_is(name):
 
 
 @pytest.mark.parametrize(
-    "room", ["nn", "cost", "models", "conversion", "runtime", "training", "reporting"]
+    "room",
+    ["nn", "cost", "models", "conversion", "runtime", "training", "exporting", "reporting"],
 )
 def test_every_name_of_a_room_loads(room):
     module = getattr(separable, room)
@@ -86,3 +89,24 @@ def test_no_room_starts_cuda():
         "print(torch.cuda.is_initialized())"
     )
     assert in_a_fresh_interpreter(code) == "False"
+
+
+def test_windows_has_every_room_but_the_runtime_and_what_needs_it():
+    pytest.importorskip("lightning", reason="needs the extra `train`")
+    code = (
+        "import click, lightning.pytorch, prettytable, sys, torch\n"
+        "sys.platform = 'win32'\n"
+        "import separable\n"
+        "for room in ('nn', 'cost', 'models', 'conversion', 'training'):\n"
+        "    getattr(separable, room)\n"
+        "for name in ('compile', 'export', 'report'):\n"
+        "    try:\n"
+        "        getattr(separable, name)\n"
+        "    except ImportError as error:\n"
+        "        print('needs Linux or macOS' in str(error))\n"
+        "from separable.cli import main\n"
+        "main(['doctor', '--json'])"
+    )
+    *errors, found = in_a_fresh_interpreter(code).split("\n", 3)
+    assert errors == ["True"] * 3
+    assert "needs Linux or macOS" in json.loads(found)["cpu"]["remedy"]

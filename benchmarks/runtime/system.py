@@ -1,6 +1,9 @@
 """The runtime beyond single networks: kept promise, memory, compile times, a busy neighbour.
 
 python benchmarks/runtime/system.py promise memory compile busy --output results.json
+
+What a part gave before is kept, with its date, under `earlier` of the file: what a busy machine
+does to figures shows in several runs.
 """
 
 from __future__ import annotations
@@ -173,10 +176,15 @@ def main() -> None:
         parser.error(f"parts are {', '.join(PARTS)}; there is no {', '.join(sorted(unknown))}")
     keep_freed_memory()
     torch.manual_seed(0)
-    results: dict[str, Any] = {"conditions": conditions(host())}
+    results: dict[str, Any] = {}
     if arguments.output and arguments.output.exists():
-        results = json.loads(arguments.output.read_text()) | results
+        results = json.loads(arguments.output.read_text())
+    before = results.get("conditions", {}).get("date")
+    results["conditions"] = conditions(host())
     for part in arguments.parts or PARTS:
+        if part in results:
+            run = {"date": before, "result": results[part]}
+            results.setdefault("earlier", {}).setdefault(part, []).append(run)
         results[part] = PARTS[part]()
         if arguments.output:
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")

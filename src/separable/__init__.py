@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "reporting")
+_ROOMS = ("nn", "cost", "models", "conversion", "runtime", "training", "exporting", "reporting")
 
 _HOME = {
     "Account": "cost",
@@ -51,6 +51,7 @@ __all__ = [
     "count",
     "crosscheck",
     "export",
+    "exporting",
     "finetune",
     "load",
     "load_compiled",
@@ -69,7 +70,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import conversion, cost, models, nn, reporting, runtime, training
+    from . import conversion, cost, exporting, models, nn, reporting, runtime, training
     from .conversion import Plan, apply, convert, load, merge, plan, save
     from .cost import (
         Account,

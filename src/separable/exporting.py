@@ -22,6 +22,8 @@ from .runtime.checking import TOLERANCE, outputs_deviation
 from .runtime.onnx_graph import onnx_program, quiet
 from .writing import whole_files
 
+__all__ = ["Exported", "export"]
+
 Format = Literal["onnx", "torch-export", "safetensors"]
 ENDINGS: dict[str, Format] = {
     ".onnx": "onnx",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .wording import counted
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -128,11 +130,16 @@ def read_images(
 
 
 def read_labelled(
-    folder: Path, input_size: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
+    option: str,
+    folder: Path,
+    input_size: tuple[int, ...],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> list[tuple[Tensor, Tensor]]:
     """Read all images of a folder with one subfolder per class.
 
     Args:
+        option: that names the folder, for errors.
         folder: its subfolders, sorted by name, are the classes 0, 1, ...
         input_size: as for `read_images`, like the others.
         mean: of the pixels.
@@ -148,11 +155,11 @@ def read_labelled(
     """
     import torch
 
-    reader = _Reader("--labelled", folder, input_size, mean, std)
+    reader = _Reader(option, folder, input_size, mean, std)
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     if len(classes) < 2:
         raise ValueError(
-            f"--labelled: {str(folder)!r} must hold a folder of images for each class, and has "
+            f"{option}: {str(folder)!r} must hold a folder of images for each class, and has "
             f"{len(classes)}"
         )
     labels = {path: i for i, each in enumerate(classes) for path in find_images(each)}
@@ -175,10 +182,8 @@ class _Reader:
     ) -> None:
         channels, *size = input_size[1:] or (0,)
         if len(size) != 2 or channels not in (1, 3):
-            raise ValueError(
-                f"--input-size must be Nx1xHxW or Nx3xHxW for images, got {channels} channels of "
-                f"{'x'.join(map(str, size))}"
-            )
+            given = "x".join(map(str, input_size))
+            raise ValueError(f"`input_size` (={given}) must be Nx1xHxW or Nx3xHxW for images")
         if not folder.is_dir():
             raise FileNotFoundError(f"{option}: there is no folder {str(folder)!r}")
         self.option, self.folder, self.channels = option, folder, channels
@@ -209,7 +214,7 @@ class _Reader:
 def skipped(broken: Sequence[Path | str]) -> str:
     """Say which images could not be read, in a line."""
     names = ", ".join(map(str, broken[:3])) + ", ..." * (len(broken) > 3)
-    return f"Skipped {len(broken)} images that can't be read: {names}"
+    return f"Skipped {counted(len(broken), 'image')} that can't be read: {names}"
 
 
 def no_images(folder: Path, argument: str) -> ValueError:
@@ -225,4 +230,5 @@ def _per_channel(values: Sequence[float], channels: int, name: str) -> list[floa
         return list(values)
     if channels == 1 or len(values) == 1:
         return [sum(values) / len(values)] * channels
-    raise ValueError(f"--{name} (={','.join(map(str, values))}) must be one or {channels} numbers")
+    given = ",".join(map(str, values))
+    raise ValueError(f"`{name}` (={given}) must be one number, or {channels}, one per channel")

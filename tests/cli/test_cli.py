@@ -204,8 +204,8 @@ def test_crosscheck():
         (["compare", SMALL, SMALL, *LAYER], "--in-channels describes a layer"),
         (["compare", *LAYER, "--input-size=1x3"], "must have 3 to 5 numbers"),
         (["compare", *LAYER, "--padding=-1"], "of at least 0"),
-        (["compare", *LAYER, "--padding=same"], "`padding` (='same') needs `stride` 1"),
-        (["compare", *LAYER, "--dilation=1x2x3"], "`dilation` (=(1, 2, 3)) must have 2 entries"),
+        (["compare", *LAYER, "--padding=same"], "--padding (='same') needs --stride 1"),
+        (["compare", *LAYER, "--dilation=1x2x3"], "--dilation (=(1, 2, 3)) must have 2 entries"),
         (["compare", SMALL, "separable:mobilenet_v1", SIZE], "same output shapes"),
         (["measure", SMALL, "--device=cadu"], "'cadu' must be a device such as cpu or cuda:0"),
         (

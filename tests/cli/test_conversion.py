@@ -63,7 +63,7 @@ def test_the_file_loads_again_and_the_report_is_json(place, hasty):
     report = json.loads(result.stdout)
     assert report["plan"]["budget"] == "macs=0.5"
     assert report["error"] >= 0
-    assert "Skipped 1 images that can't be read" in result.stderr
+    assert "Skipped 1 image that can't be read" in result.stderr
     assert "broken.png" in result.stderr
 
     model = separable.models.create_model(f"{place / 'nets.py'}:net").eval()
@@ -77,15 +77,15 @@ def test_the_file_loads_again_and_the_report_is_json(place, hasty):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"budget": "speed=2"}, "`budget` (='speed=2')"),
+        ({"budget": "speed=2"}, "--budget (='speed=2')"),
         ({"budget": "macs=0.0001"}, "cannot be met; the nearest one that can be is 'macs="),
         ({"weights": "missing.safetensors"}, "--weights: there is no file"),
         ({"calibration": "missing"}, "--calibration: there is no folder"),
         ({"out": "missing/slim.safetensors"}, "--out: there is no folder"),
-        ({"input-size": "1x5x16x16"}, "--input-size must be Nx1xHxW or Nx3xHxW for images"),
-        ({"mean": "0.5,0.5"}, "--mean (=0.5,0.5) must be one or 3 numbers"),
+        ({"input-size": "1x5x16x16"}, "must be Nx1xHxW or Nx3xHxW for images"),
+        ({"mean": "0.5,0.5"}, "--mean (=0.5,0.5) must be one number, or 3"),
         ({"mean": "grey"}, "must be numbers with commas between them"),
-        ({"format": "csv"}, "use table or json"),
+        ({"format": "csv"}, "'csv' is not one of 'table', 'json'"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(place, options, words):

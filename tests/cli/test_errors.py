@@ -36,6 +36,11 @@ def net():
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2),
     )
 
+def other():
+    network = net()
+    network[7] = nn.Linear(16, 3)
+    return network
+
 def nan():
     network = net()
     network[0].weight.data.fill_(float("nan"))
@@ -212,7 +217,7 @@ def _cases():
         (export, "--check"),
     ):  # fmt: skip
         for option, words in {
-            "--mean=0.5,0.5": "--mean (=0.5,0.5) must be one or 3 numbers",
+            "--mean=0.5,0.5": "--mean (=0.5,0.5) must be one number, or 3",
             "--mean=grey": "must be numbers with commas between them",
             "--mean=nan": "finite",
             "--std=0": "--std",
@@ -220,8 +225,8 @@ def _cases():
             "--std=inf": "finite",
             "--images=0": "'--images'",
             "--images=many": "'--images'",
-            "--input-size=1x5x16x16": "--input-size must be Nx1xHxW or Nx3xHxW for images",
-            "--input-size=1x3x16": "--input-size must be Nx1xHxW or Nx3xHxW for images",
+            "--input-size=1x5x16x16": "must be Nx1xHxW or Nx3xHxW for images",
+            "--input-size=1x3x16": "must be Nx1xHxW or Nx3xHxW for images",
         }.items():
             yield f"{command} {flag}=photos {option}", words
     for command, ending in ((convert, ".safetensors"), (report, ".html"), (export, ".onnx")):
@@ -230,18 +235,18 @@ def _cases():
     for command in (convert, report + " --calibration=photos"):
         flag = "--budget" if command is convert else "--convert"
         for budget, words in {
-            "speed=2": "`budget` (='speed=2')",
-            "macs": "`budget` (='macs')",
-            "macs=": "`budget` (='macs=')",
-            "macs=half": "`budget` (='macs=half')",
-            "macs=0": "`budget` (='macs=0')",
-            "macs=-1": "`budget` (='macs=-1')",
-            "macs=2": "`budget` (='macs=2')",
-            "macs=nan": "`budget` (='macs=nan')",
+            "speed=2": f"{flag} (='speed=2')",
+            "macs": f"{flag} (='macs')",
+            "macs=": f"{flag} (='macs=')",
+            "macs=half": f"{flag} (='macs=half')",
+            "macs=0": f"{flag} (='macs=0')",
+            "macs=-1": f"{flag} (='macs=-1')",
+            "macs=2": f"{flag} (='macs=2')",
+            "macs=nan": f"{flag} (='macs=nan')",
             "params=0.0001": "cannot be met; the nearest one that can be is 'params=",
-            "latency=0": "`budget` (='latency=0')",
-            "error=-1": "`budget` (='error=-1')",
-            "''": "`budget` (='')",
+            "latency=0": f"{flag} (='latency=0')",
+            "error=-1": f"{flag} (='error=-1')",
+            "''": f"{flag} (='')",
         }.items():
             yield f"{command} {flag}={budget}", words
     for command in (
@@ -254,8 +259,8 @@ def _cases():
         "--seed=x": "'--seed'",
         f"--seed={10**30}": "'--seed'",
         "--form=dense": "'dense' is not one of",
-        "--skip=nowhere": "`skip` (='nowhere') must name a layer",
-        "--format=csv": "use table or json",
+        "--skip=nowhere": "--skip (='nowhere') must name a layer",
+        "--format=csv": "'csv' is not one of 'table', 'json'",
     }.items():
         yield f"{convert} {rest}", words
     yield convert.replace("--budget=macs=0.5", ""), "Missing option '--budget'"
@@ -265,15 +270,15 @@ def _cases():
     for rest, words in {
         "--frontier=0.5": "--frontier belongs to a conversion",
         "--convert=macs=0.5 --frontier=half": "must be numbers with commas between them",
-        "--convert=macs=0.5 --frontier=2": "`budget` (='macs=2')",
-        "--convert=macs=0.5 --frontier=0": "`budget` (='macs=0')",
+        "--convert=macs=0.5 --frontier=2": "--frontier (='macs=2')",
+        "--convert=macs=0.5 --frontier=0": "--frontier (='macs=0')",
         "--convert=macs=0.5 --frontier=nan": "nan",
         "--convert=macs=0.5 --converted=slim.safetensors": "exclude each other",
         "--repeats=0": "'--repeats'",
         "--seed=x": "'--seed'",
         f"--seed={10**30}": "'--seed'",
         "--format=pdf": "'pdf' is not one of",
-        "--out=new.txt": "`format` (='txt') must be one of",
+        "--out=new.txt": "--format (='txt') must be one of",
         "--out=new": "must be one of",
         "--labelled=photos/a": "photos/a",
         "--input-size=1x5x16x16 --labelled=photos": "Nx1xHxW or Nx3xHxW for images",
@@ -283,14 +288,14 @@ def _cases():
     for rest, words in {
         "--out=new.tflite": "must be one of onnx, torch-export, safetensors",
         "--format=tflite": "'tflite' is not one of",
-        "--out=new.pt2 --opset=18": "`opset` (=18) is for onnx",
+        "--out=new.pt2 --opset=18": "--opset (=18) is for onnx",
         "--opset=0": "'--opset'",
         "--opset=1": "opset",
         "--opset=99": "99",
     }.items():
         yield f"{export} {rest}", words
     yield export.replace("--out=new.onnx", ""), "Missing option '--out'"
-    yield export.replace("nets.py:net", "nets.py:nan"), "returns NaN for `example`"
+    yield export.replace("nets.py:net", "nets.py:nan"), "returns NaN for an input of --input-size"
     for rest, words in {
         "": "--in-channels is missing",
         "nets.py:net": "compare needs two networks, got 1",
@@ -319,12 +324,12 @@ def _cases():
     yield f"explain nets.py:net {SIZE} --isa=mmx", "isa"
     yield f"explain nets.py:net {SIZE} --isa=neon", "isa"
     yield f"explain nets.py:net {SIZE} --asm=nowhere", "nowhere"
-    yield f"bench nets.py:net {SIZE} --against=tvm", "`against`"
-    yield f"bench nets.py:net {SIZE} --against=''", "`against`"
+    yield f"bench nets.py:net {SIZE} --against=tvm", "--against"
+    yield f"bench nets.py:net {SIZE} --against=''", "--against"
     yield f"bench nets.py:net {SIZE} --turns=0", "'--turns'"
     yield f"bench nets.py:nan {SIZE}", "gives NaN or infinity on random inputs"
     yield f"bench nets.py:net {SIZE} --threads=1,0", "of at least 1"
-    yield f"bench nets.py:net {SIZE} --format=csv", "use table or json"
+    yield f"bench nets.py:net {SIZE} --format=csv", "'csv' is not one of 'table', 'json'"
     for rest, words in {
         "--data=missing": "missing",
         "--data=nobody": "nobody",
@@ -332,37 +337,37 @@ def _cases():
         "--data=nets.py": "nets.py",
         "--data=''": "",
         "--validation-data=missing": "missing",
-        "--epochs=0": "`epochs` (=0) must be at least 1",
+        "--epochs=0": "--epochs (=0) must be at least 1",
         "--epochs=many": "'--epochs'",
-        "--batch-size=0": "`batch_size` (=0)",
-        "--batch-size=100000": "`batch_size` (=100000) must be at most",
-        "--accumulate=0": "`accumulate` (=0)",
+        "--batch-size=0": "--batch-size (=0)",
+        "--batch-size=100000": "--batch-size (=100000) must be at most",
+        "--accumulate=0": "--accumulate (=0)",
         "--accumulate=3": "must be divisible",
         "--optimizer=lion": "'lion' is not one of",
-        "--lr=-1": "`lr` (=-1.0)",
-        "--lr=nan": "`lr` (=nan)",
-        "--momentum=2": "`momentum` (=2.0)",
-        "--weight-decay=-1": "`weight_decay` (=-1.0)",
-        "--warmup=2": "`warmup` (=2.0)",
-        "--clip=-1": "`clip` (=-1.0)",
-        "--label-smoothing=2": "`label_smoothing` (=2.0)",
-        "--ema=2": "`ema` (=2.0)",
+        "--lr=-1": "--lr (=-1.0)",
+        "--lr=nan": "--lr (=nan)",
+        "--momentum=2": "--momentum (=2.0)",
+        "--weight-decay=-1": "--weight-decay (=-1.0)",
+        "--warmup=2": "--warmup (=2.0)",
+        "--clip=-1": "--clip (=-1.0)",
+        "--label-smoothing=2": "--label-smoothing (=2.0)",
+        "--ema=2": "--ema (=2.0)",
         "--augment=flip": "'flip' is not one of",
-        "--image-size=0": "`image_size` (=0)",
+        "--image-size=0": "--image-size (=0)",
         "--mean=grey": "must be numbers",
         "--data=photos --mean=0.1,0.2 --batch-size=2": "mean",
-        "--std=0": "`std` (=(0.0,)) must be at least",
-        "--validation=1": "`validation` (=1.0)",
-        "--seed=-1": "`seed` (=-1)",
+        "--std=0": "--std (=(0.0,)) must be at least",
+        "--validation=1": "--validation (=1.0)",
+        "--seed=-1": "--seed (=-1)",
         f"--seed={10**30}": "seed",
         "--precision=12": "'12' is not one of",
-        "--sync-batchnorm --accelerator=cpu --batch-size=4": "`sync_batchnorm` (=True) needs GPUs",
-        "--workers=-1": "`workers` (=-1)",
-        "--checkpoint-every=0": "`checkpoint_every` (=0)",
+        "--sync-batchnorm --accelerator=cpu --batch-size=4": "--sync-batchnorm (=True) needs GPUs",
+        "--workers=-1": "--workers (=-1)",
+        "--checkpoint-every=0": "--checkpoint-every (=0)",
         "--accelerator=abacus": "abacus",
         "--devices=0": "0",
         "--devices=none": "devices",
-        "--num-nodes=0": "`num_nodes` (=0)",
+        "--num-nodes=0": "--num-nodes (=0)",
         "--strategy=hope": "hope",
         "--config=missing.yaml": "--config: there is no file",
         "--config=photos": "is a directory",
@@ -372,7 +377,7 @@ def _cases():
         "--config=good.safetensors": "is no YAML file",
         "--out=nets.py": "is a file",
         "--out=/proc/new": "/proc",
-        "--format=csv": "use table or json",
+        "--format=csv": "'csv' is not one of 'table', 'json'",
     }.items():
         yield f"{train} {rest}", words
     yield train.replace("--epochs=1", "--config=value.yaml"), "epochs"
@@ -382,11 +387,11 @@ def _cases():
         "--data=missing": "missing",
         "--data=nobody": "nobody",
         "--data=broken --batch-size=1": "broken",
-        "--temperature=0": "`temperature` (=0.0)",
-        "--features=-1": "`features` (=-1.0)",
+        "--temperature=0": "--temperature (=0.0)",
+        "--features=-1": "--features (=-1.0)",
         "--blocks=nowhere --batch-size=4": "nowhere",
         "--batch-norm=off": "'off' is not one of",
-        "--image-size=0": "`image_size` (=0)",
+        "--image-size=0": "--image-size (=0)",
         "--teacher=separable:mobilenet_v1": "",
         "--out=nets.py": "is a file",
         "--config=key.yaml": "has no `epoch`",
@@ -404,7 +409,7 @@ def _cases():
         "demo --out=/proc/new": "/proc",
         "demo --format=xml": "'xml' is not one of",
         "demo nets.py:net": "unexpected extra argument",
-        "doctor --format=csv": "use table or json",
+        "doctor --format=csv": "'csv' is not one of 'table', 'json'",
         "doctor me": "unexpected extra argument",
         "completion": "Missing argument",
         "completion tcsh": "'tcsh' is not one of",
@@ -448,3 +453,29 @@ def test_a_warning_is_one_line():
     finally:
         del main.commands["warns"]
     assert (done.exit_code, done.stderr) == (0, "Warning: too few inputs\n")
+
+
+@pytest.mark.filterwarnings("ignore:conversion without calibration inputs")
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("finetune --teacher=nets.py:net --data=photos --student=no.safetensors", "--student"),
+        ("export nets.py:net --out=new.onnx --converted=no.safetensors", "--converted"),
+        (f"report nets.py:net {SIZE} --converted=no.safetensors", "--converted"),
+    ],
+)
+def test_a_missing_file_is_named_by_its_option(typed, words, assets, monkeypatch):
+    monkeypatch.chdir(assets)
+    result = CliRunner().invoke(main, shlex.split(typed))
+    assert result.stderr == f"Error: {words} (='no.safetensors') is no file\n"
+
+
+def test_a_conversion_of_another_network_says_what_differs(assets, monkeypatch):
+    monkeypatch.chdir(assets)
+    typed = "export nets.py:other --converted=slim.safetensors --out=new.onnx"
+    result = CliRunner().invoke(main, shlex.split(typed))
+    assert result.stderr.startswith(
+        "Error: --converted (='slim.safetensors') holds another network than MODEL: Error(s) in "
+        "loading state_dict for Sequential: "
+    )
+    assert "size mismatch for 7.weight" in result.stderr

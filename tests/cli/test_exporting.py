@@ -64,12 +64,15 @@ def test_a_converted_network(place):
         (["--out=net.tflite"], "must be one of onnx, torch-export, safetensors"),
         (["--out=missing/net.onnx"], "--out: there is no folder"),
         (["--out=net.onnx", "--format=tflite"], "'tflite' is not one of"),
-        (["--out=net.pt2", "--opset=18"], "`opset` (=18) is for onnx"),
+        (["--out=net.pt2", "--opset=18"], "--opset (=18) is for onnx"),
         (["--out=net.onnx", "--opset=99"], "99"),
         (["--out=net.onnx", "--converted=missing"], "(='missing') is no file"),
         (["--out=net.onnx", "--weights=missing"], "--weights: there is no file"),
         (["--out=net.onnx", "--check=missing"], "--check: there is no folder"),
-        (["--out=net.onnx", "--input-size=1x5x32x32"], "`model` does not take `example`"),
+        (
+            ["--out=net.onnx", "--input-size=1x5x32x32"],
+            "MODEL does not take an input of --input-size",
+        ),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(place, arguments, words):

@@ -19,6 +19,7 @@ from PIL import Image
 import separable
 from separable.cli import main
 from separable.cli.completion import SHELLS
+from separable.cli.options import torch_threads
 
 SOURCE = """
 from torch import nn
@@ -43,6 +44,7 @@ WITH_JSON = {
     "measure": f"nets.py:net {SIZE} --threads=1",
     "crosscheck": f"nets.py:net {SIZE}",
     "convert": f"nets.py:net {SIZE} --budget=macs=0.5 --out=new.safetensors",
+    "explain": f"nets.py:net {SIZE} --threads=1",
     "bench": f"nets.py:net {SIZE} --turns=2 --against=eager",
     "train": "--model=nets.py:net --data=photos --image-size=16 --epochs=1 "
     "--batch-size=4 --workers=0",
@@ -213,3 +215,29 @@ def test_bash_completes_with_the_script(tmp_path):
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.stdout.split() == ["explain", "export"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["convert", "train", "finetune", "demo", "report"])
+def test_torch_computes_with_threads(name, monkeypatch):
+    seen = []
+    command = main.commands[name]
+    assert "threads" in {parameter.name for parameter in command.params}
+
+    @click.command()
+    @torch_threads
+    def computes():
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    assert CliRunner().invoke(computes, ["--threads", str(before + 1)]).exit_code == 0
+    assert CliRunner().invoke(computes, []).exit_code == 0
+    assert (seen, torch.get_num_threads()) == ([before + 1, before], before)
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_metavars_are_no_names_of_functions(command):
+    context = click.Context(command)
+    for option in command.params:
+        shown = option.make_metavar(context)
+        assert not shown.startswith("_"), option.name
+        assert shown != "POSITIVE", option.name

@@ -24,6 +24,15 @@ def test_explain_names_layers_and_kernels():
     assert "ret" in assembly.stdout
 
 
+def test_explain_as_json():
+    result = run("explain", MODEL, SIZE, "--threads=1", "--json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert (figures["threads"], figures["peak_flops"] > 0) == (1, True)
+    assert any("blocks.0.pointwise" in (row["layer"], *row["fused"]) for row in figures["rows"])
+    assert all(row["roofline_share"] > 0 for row in figures["rows"] if row["seconds"])
+
+
 def test_bench_checks_and_times():
     result = run("bench", MODEL, SIZE, "--against=eager", "--turns=2", "--json")
     assert result.exit_code == 0, result.output
@@ -35,9 +44,10 @@ def test_bench_checks_and_times():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bench", MODEL, SIZE, "--against=nothing"], "`against`"),
+        (["bench", MODEL, SIZE, "--against=nothing"], "--against has"),
         (["bench", MODEL, SIZE, "--threads=0"], "whole numbers of at least 1"),
-        (["bench", MODEL, SIZE, "--format=csv"], "use table or json"),
+        (["bench", MODEL, SIZE, "--format=csv"], "'csv' is not one of 'table', 'json'"),
+        (["explain", MODEL, SIZE, "--asm=nowhere", "--json"], "leave one of them out"),
         (["explain", MODEL, SIZE, "--isa=mmx"], "isa"),
         (["explain", MODEL, SIZE, "--asm=nowhere"], "nowhere"),
     ],

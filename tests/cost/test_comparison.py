@@ -48,16 +48,17 @@ def test_share_of_the_promise() -> None:
     measured = (measurement(3.0, 4.0, 8.0), measurement(2.0, 2.0, 2.0))
     comparison = separable.Comparison(counted.regular, counted.separable, measured)
     assert comparison.ratio["latency"] == 2
-    assert comparison.promise_kept == pytest.approx(2 / 17.9775, abs=1e-5)
+    assert comparison.promise_kept == pytest.approx(0.11125, abs=1e-5)
+    assert json.loads(comparison.to_string("json"))["promise_kept"] == comparison.promise_kept
     assert "Share of the promise: 11%, measured speed-up 2.00x" in str(comparison)
-    assert "a device, 1 threads, float32, torch 2" in str(comparison)
+    assert "a device, 1 thread, float32, torch 2" in str(comparison)
 
 
 def test_measured_for_real() -> None:
     comparison = separable.compare(*pair(), input_size=SIZE, repeats=2, min_seconds=0.01)
     figures = json.loads(comparison.to_string("json"))
     assert figures["metrics"]["latency"]["regular"] > 0
-    assert figures["promise_kept"] == pytest.approx(comparison.promise_kept)
+    assert figures["promise_kept"] > 0
     assert len(figures["measured"]) == 2
     assert figures["regular"]["macs"] == 60_211_200
 

@@ -77,7 +77,7 @@ def test_training_on_a_folder(place):
     # 32 images, 3 held out
     assert told["steps"] == 2 * (29 // 8)
     assert told["skipped"] == [str(place / "photos" / "dark" / "3.png")]
-    assert "Skipped 1 images that can't be read" in result.stderr
+    assert "Skipped 1 image that can't be read" in result.stderr
     assert set(told["metrics"]) >= {"val_loss", "val_accuracy", "train_loss"}
     weights = place / "run" / "best.safetensors"
     model = f"{place / 'nets.py'}:net"
@@ -148,15 +148,15 @@ def test_finetuning_without_labels(place, hasty):
         ({"data": "hf:no/such"}, "can't be loaded, which needs the network"),
         (
             {"model": "separable:mobilenet_v1"},
-            "are smaller than the stride of `model`, which is 32",
+            "are smaller than the stride of --model, which is 32",
         ),
         ({"optimizer": "adam"}, "Invalid value for '--optimizer'"),
-        ({"epochs": 0}, "`epochs` (=0) must be at least 1"),
+        ({"epochs": 0}, "--epochs (=0) must be at least 1"),
         ({"config": "bad.yaml"}, "has no `epoch`; the nearest is `epochs`"),
-        ({"format": "csv"}, "use table or json"),
+        ({"format": "csv"}, "'csv' is not one of 'table', 'json'"),
         ({"devices": "none"}, "`devices`"),
         ({"strategy": "fsdp", "ema": 0}, "requires a GPU accelerator"),
-        ({"augment": "shift", "workers": -1}, "`workers` (=-1) must be 0 to 256"),
+        ({"augment": "shift", "workers": -1}, "--workers (=-1) must be 0 to 256"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_run(place, options, words, monkeypatch):

@@ -100,7 +100,7 @@ def test_two_processes_train_as_one(place, alone, launcher):
     assert largest_gap(weights, expected) < 1e-5
     assert any(not torch.equal(weights[key], torch.zeros_like(weights[key])) for key in weights)
     # one of the two speaks
-    assert done.stdout.count("1 epochs, 39 steps") == 1
+    assert done.stdout.count("1 epoch, 39 steps") == 1
     metrics = [text.splitlines()[1].split(", ") for text in (told.stdout, done.stdout[-400:])]
     assert [m for m in metrics[0] if "val_" in m] == [m for m in metrics[1] if "val_" in m]
     shutil.rmtree(place / launcher)

@@ -156,8 +156,8 @@ def test_every_field_says_what_it_is(kind):
     ("options", "error", "words"),
     [
         ({"epochs": 0}, ValueError, r"`epochs` \(=0\) must be at least 1"),
-        ({"epochs": 1.5}, TypeError, r"`epochs` \(=1.5\) must be of the type int"),
-        ({"epochs": True}, TypeError, "must be of the type int"),
+        ({"epochs": 1.5}, TypeError, r"`epochs` \(=1.5\) must be an int"),
+        ({"epochs": True}, TypeError, "must be an int"),
         ({"lr": -1}, ValueError, r"`lr` \(=-1.0\) must be at least 0"),
         ({"ema": 1.5}, ValueError, r"`ema` \(=1.5\) must be 0 to 1"),
         ({"lr": "fast"}, TypeError, r"`lr` \(='fast'\) must be of the type float"),

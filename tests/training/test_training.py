@@ -20,6 +20,7 @@ import separable
 from separable.training import Distillation, Recipe, finetune, records, train
 from separable.training.learning import divergence
 from separable.training.matching import block_ends
+from separable.training.running import Run
 
 from .networks import blobs, net, net1d, same, seeded
 
@@ -443,3 +444,12 @@ def test_networks_that_differ(original):
         finetune(net(classes=5), teacher=model, data=blobs()[0], **QUICK)
     with pytest.raises(TypeError, match=r"`teacher` \(a str\) must be a torch.nn.Module"):
         finetune(slim, teacher="resnet18", data=blobs()[0])
+
+
+def test_a_run_is_told_in_plain_words():
+    metrics = {"train_loss": 2.5, "lr-SGD/pg1": 0.003, "val_accuracy": 0.75}
+    run = Run(None, epochs=1, steps=1200, seconds=3.0, waiting=0.25, metrics=metrics)
+    assert str(run) == (
+        "1 epoch, 1,200 steps in 3.0 s, 25.0% of the training time spent waiting for data\n"
+        "train_loss 2.5, val_accuracy 0.75"
+    )

@@ -1,4 +1,4 @@
-"""The command `separable`: one module per room, one command per public function.
+"""The command `separable`: one module per room, one command per thing to do.
 
 A command imports torch inside its function, so that `separable --help` answers at once.
 """

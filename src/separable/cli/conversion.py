@@ -15,10 +15,10 @@ from .options import (
     check_writable,
     input_size,
     load,
-    output_format,
     outputs,
     photos,
     table_or_json,
+    torch_threads,
     weights,
 )
 
@@ -33,7 +33,10 @@ FORMS = (
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @click.option(
-    "--budget", required=True, help="As in macs=0.25, params=0.2, latency=0.4, error=0.01."
+    "--budget",
+    required=True,
+    help="As in macs=0.25, params=0.2, latency=0.4, error=0.01. Shares of the original's, but for "
+    "the error; latency is the time of eager PyTorch, measured here with --threads.",
 )
 @click.option(
     "--out",
@@ -51,7 +54,8 @@ FORMS = (
 @click.option("--form", "forms", type=click.Choice(FORMS), multiple=True, help="Only these forms.")
 @outputs
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
-@output_format
+@torch_threads
+@table_or_json
 def convert(
     model: str,
     budget: str,
@@ -74,7 +78,6 @@ def convert(
     separable convert torchvision:resnet18 --weights in.safetensors \\
         --calibration photos --budget macs=0.25 --out slim.safetensors
     """
-    table_or_json(style)
     check_writable(out)
     import torch
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import SEED, output_format
+from .options import SEED, output_format, torch_threads
 
 
 @click.command()
@@ -21,6 +22,9 @@ from .options import SEED, output_format
 )
 @click.option(
     "--epochs", type=click.IntRange(1), default=10, show_default=True, help="Of each training."
+)
+@partial(
+    torch_threads, help="Of the conversion; torch's own number if left out. All else is on one."
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of every draw.")
 def demo(style: Any, out: Path, epochs: int, seed: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .options import output_format, table_or_json
+from .options import table_or_json
 
 EXTRAS = {
     "zoo": "networks named torchvision:... and timm:...",
@@ -28,7 +28,7 @@ EXTRAS = {
 
 
 @click.command()
-@output_format
+@table_or_json
 def doctor(style: Any) -> str:
     """Show versions, CPU, threads and kernel cache, and what is missing for which feature.
 
@@ -36,7 +36,6 @@ def doctor(style: Any) -> str:
     separable doctor
     separable doctor --json
     """
-    table_or_json(style)
     findings = {
         "versions": _versions(),
         "cpu": _cpu(),
@@ -56,8 +55,10 @@ def _versions() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    from ..runtime.machine import available_isas, host
-
+    try:
+        from ..runtime.machine import available_isas, host
+    except ImportError as error:  # its system is none of the runtime's
+        return {"name": platform.machine(), "instruction_sets": [], "remedy": str(error)}
     isas = available_isas()
     if not isas:
         return {"name": platform.machine(), "instruction_sets": [], "remedy": "none is supported"}
@@ -75,10 +76,14 @@ def _cpu() -> dict[str, Any]:
 def _threads() -> dict[str, Any]:
     import torch
 
-    from ..runtime.machine import cores
-
+    try:
+        from ..runtime.machine import cores
+    except ImportError:
+        count = os.cpu_count()
+    else:
+        count = cores()
     return {
-        "cores": cores(),
+        "cores": count,
         "torch": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
     }
@@ -92,8 +97,10 @@ def _accelerators() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    from ..runtime.jit import cache_path
-
+    try:
+        from ..runtime.jit import cache_path
+    except ImportError:
+        return {"folder": "none, as there is no runtime"}
     folder = cache_path()
     if folder is None:
         return {"folder": "off, SEPARABLE_CACHE=0"}

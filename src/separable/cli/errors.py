@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +42,15 @@ class Group(click.Group):
         context.meta["command"] = typed
         return context
 
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command that was typed; errors name its options, not arguments."""
+        try:
+            return super().invoke(context)
+        except Exception as error:
+            command = self.commands.get(context.invoked_subcommand or "")
+            _rename(error, {} if command is None else _typed_names(command))
+            raise
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -67,6 +78,50 @@ class Group(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _typed_names(command: click.Command) -> dict[str, str]:
+    """What is typed for each parameter of a command: its option, or MODEL."""
+    names: dict[str, str] = {}
+    for parameter in command.params:
+        typed = parameter.opts[0]
+        if isinstance(parameter, click.Option):
+            names[typed.removeprefix("--").replace("-", "_")] = typed
+        else:
+            typed = parameter.human_readable_name
+        names.setdefault(parameter.name or "", typed)
+    return names
+
+
+@contextmanager
+def named(**options: str) -> Iterator[None]:
+    """Name options in the errors of a function that takes their values under other names."""
+    try:
+        yield
+    except Exception as error:
+        _rename(error, options)
+        raise
+
+
+def _rename(error: Exception, names: Mapping[str, str]) -> None:
+    """Say what was typed in place of the arguments in an error of this package.
+
+    One of `--config` is left: it speaks of keys of a file.
+    """
+    if not _is_ours(error) or str(error).startswith("--config"):
+        return
+    error.args = tuple(
+        re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), each)
+        if isinstance(each, str)
+        else each
+        for each in error.args
+    )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this package, and not in somebody else's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _PACKAGE in Path(frames[-1].filename).parents
+
+
 def _is_of_click(error: BaseException) -> bool:
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(raised).parent == Path(click.__file__).parent
@@ -88,9 +143,9 @@ def describe(error: BaseException) -> str:
     An error that this package raises names the argument and the remedy, so its message is enough.
     """
     message = first_line(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    if frames and _PACKAGE in Path(frames[-1].filename).parents:
+    if _is_ours(error):
         return message or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
     # the innermost line that the user may have written, before torch's own
     theirs = [
         frame

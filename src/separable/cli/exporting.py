@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
+from .errors import named
 from .options import (
     MODEL_HELP,
     check_writable,
     input_size,
     json_flag,
     load,
+    load_converted,
     photos,
     weights,
 )
@@ -73,23 +75,24 @@ def export(
     check_writable(out)
     import torch
 
-    from .. import conversion, exporting
+    from .. import exporting
     from ..images import BATCH, read_images
 
     network = load(model, weights)
     if converted is not None:
-        network = conversion.load(converted, model=network)
+        network = load_converted(converted, network, "--converted")
     inputs = []
     if check is not None:
         images = read_images("--check", check, input_size, mean, std, most, seed=0)
         inputs = list(images.split(BATCH))
-    exported = exporting.export(
-        network,
-        out,
-        format=style,
-        example=torch.randn(input_size, generator=torch.Generator().manual_seed(0)),
-        inputs=inputs,
-        dynamic_batch=dynamic_batch,
-        opset=opset,
-    )
+    with named(path="--out", example="an input of --input-size"):
+        exported = exporting.export(
+            network,
+            out,
+            format=style,
+            example=torch.randn(input_size, generator=torch.Generator().manual_seed(0)),
+            inputs=inputs,
+            dynamic_batch=dynamic_batch,
+            opset=opset,
+        )
     return json.dumps(exported.to_dict(), indent=2) if as_json else str(exported)

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import click
 
 from ..limits import MOST_THREADS
 from ..outputs import OUTPUTS
+from .errors import named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,13 +119,31 @@ def device(text: str) -> str:
     return text
 
 
-def threads(function: Function) -> Function:
+_THREADS_HELP = "Threads that an operator may use; torch's own number if left out."
+
+
+def threads(function: Function, help: str = _THREADS_HELP) -> Function:
     """Add `--threads`."""
-    return click.option(
-        "--threads",
-        type=click.IntRange(1, MOST_THREADS),
-        help="Threads that an operator may use; torch's own number if left out.",
-    )(function)
+    return click.option("--threads", type=click.IntRange(1, MOST_THREADS), help=help)(function)
+
+
+def torch_threads(function: Function, help: str = _THREADS_HELP) -> Function:
+    """Add `--threads`, and let torch compute with so many while the command runs."""
+
+    @functools.wraps(function)
+    def run(*args: Any, threads: int | None, **kwargs: Any) -> Any:
+        if threads is None:
+            return function(*args, **kwargs)
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return threads(run, help)
 
 
 def weights(function: Function) -> Function:
@@ -170,6 +189,7 @@ def photos(flag: str, help: str) -> Callable[[Function], Function]:
         click.option(
             "--std",
             type=positive,
+            metavar="NUMBERS",
             default=IMAGENET[1],
             show_default=True,
             help="What to divide them by.",
@@ -190,6 +210,11 @@ def check_writable(out: Path) -> None:
         raise click.UsageError(
             f"--out: no file can be written in {str(folder)!r}: {error.strerror}"
         ) from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read names with commas between them."""
+    return tuple(text.split(","))
 
 
 def json_flag(function: Function) -> Function:
@@ -214,12 +239,12 @@ def _printing(function: Function) -> Function:
     return run
 
 
-def output_format(function: Function) -> Function:
+def output_format(function: Function, formats: Sequence[str] = FORMATS) -> Function:
     """Add `--format` and `--json`, and print the text that the command returns."""
     choice = click.option(
         "--format",
         "style",
-        type=click.Choice(FORMATS),
+        type=click.Choice(formats),
         default="table",
         show_default=True,
         help="How to print the result.",
@@ -228,10 +253,17 @@ def output_format(function: Function) -> Function:
     return choice(json(_printing(function)))
 
 
-def table_or_json(style: str) -> None:
-    """Refuse the formats that a command without a table of its own can't draw."""
-    if style not in ("table", "json"):
-        raise click.UsageError(f"--format {style} is not made for this command; use table or json")
+def table_or_json(function: Function) -> Function:
+    """The same for a command that prints text or JSON and no table of its own."""
+    return output_format(function, ("table", "json"))
+
+
+def load_converted(path: Path | str, network: nn.Module, option: str) -> nn.Module:
+    """Read a conversion of a network from the file that an option names."""
+    from .. import conversion
+
+    with named(path=option):
+        return conversion.load(path, model=network)
 
 
 def load(name: str, weights: Path | None = None) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..outputs import Outputs
+from .errors import named
 from .options import (
     MODEL_HELP,
     SEED,
@@ -14,10 +15,11 @@ from .options import (
     input_size,
     json_flag,
     load,
+    load_converted,
     numbers,
     outputs,
     photos,
-    threads,
+    torch_threads,
     weights,
 )
 
@@ -53,7 +55,7 @@ FORMATS = ("html", "json", "csv", "png", "svg")
 )
 @input_size
 @outputs
-@threads
+@torch_threads
 @click.option(
     "--repeats",
     type=click.IntRange(1),
@@ -91,7 +93,6 @@ def report(
     std: tuple[float, ...],
     input_size: tuple[int, ...],
     outputs: Outputs,
-    threads: int | None,
     repeats: int,
     seed: int,
     out: Path,
@@ -110,29 +111,34 @@ def report(
     if frontier and budget is None and converted is None:
         raise click.UsageError("--frontier belongs to a conversion: give --convert too")
     check_writable(out)
-    from .. import conversion, cost, reporting
+    from .. import cost, reporting
+    from ..conversion.plans import Budget
     from ..images import read_images, read_labelled
     from ..reporting.writing import check, to_json
 
-    check(out, style)
+    with named(path="--out"):
+        check(out, style)
+    goal = None if budget is None else Budget.parse(budget)
+    points = [f"{goal.quantity if goal else 'macs'}={share:g}" for share in frontier or ()]
+    with named(budget="--frontier"):
+        for point in points:
+            Budget.parse(point)
     cost.keep_freed_memory()
     network = load(model, weights)
     inputs = data = None
     if calibration is not None:
         inputs = read_images("--calibration", calibration, input_size, mean, std, most, seed)
     if labelled is not None:
-        data = read_labelled(labelled, input_size, mean, std)
-    quantity = "macs" if budget is None else budget.partition("=")[0]
+        data = read_labelled("--labelled", labelled, input_size, mean, std)
     findings = reporting.report(
         network,
         input_size,
         budget=budget,
-        converted=None if converted is None else conversion.load(converted, model=network),
+        converted=None if converted is None else load_converted(converted, network, "--converted"),
         calibration=inputs,
         outputs=outputs,
-        frontier=[f"{quantity}={share:g}" for share in frontier or ()],
+        frontier=points,
         data=data,
-        threads=threads,
         repeats=repeats,
         seed=seed,
         title=model.rpartition(":")[2],

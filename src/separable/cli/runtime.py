@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import click
@@ -12,16 +13,12 @@ from .options import (
     MODEL_HELP,
     input_size,
     load,
-    output_format,
+    names,
     table_or_json,
     threads,
 )
 
 RUNTIMES = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def _thread_counts(text: str) -> tuple[int, ...]:
@@ -37,30 +34,41 @@ def _thread_counts(text: str) -> tuple[int, ...]:
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @input_size
-@threads
+@partial(threads, help="Of a call; as many as there are cores for this process if left out.")
 @click.option("--isa", help="Instruction set, as in avx2; the best one if left out.")
 @click.option("--asm", "layer", help="Print the assembly of this layer instead.")
+@table_or_json
 def explain(
-    model: str, input_size: tuple[int, ...], threads: int | None, isa: str | None, layer: str | None
-) -> None:
+    model: str,
+    input_size: tuple[int, ...],
+    threads: int | None,
+    isa: str | None,
+    layer: str | None,
+    style: Any,
+) -> str:
     """Compile a network, and say what runs in which kernel and how fast.
 
     \b
     separable explain torchvision:mobilenet_v2 --threads 1
     separable explain torchvision:mobilenet_v2 --asm features.1.conv.0.0
     """
+    if layer is not None and style == "json":
+        raise click.UsageError("--asm prints assembly, which has no JSON; leave one of them out")
     import torch
 
     from .. import runtime
 
     compiled = runtime.compile(load(model), torch.zeros(input_size), threads=threads, isa=isa)
-    click.echo(str(compiled.explain()) if layer is None else compiled.assembly(layer))
+    if layer is not None:
+        return compiled.assembly(layer)
+    explanation = compiled.explain()
+    return json.dumps(explanation.to_dict(), indent=2) if style == "json" else str(explanation)
 
 
 @click.command(epilog=MODEL_HELP)
 @click.argument("model")
 @input_size
-@output_format
+@table_or_json
 @click.option(
     "--threads",
     type=_thread_counts,
@@ -71,8 +79,7 @@ def explain(
 )
 @click.option(
     "--against",
-    type=_names,
-    metavar="NAMES",
+    type=names,
     default=",".join(RUNTIMES),
     show_default=True,
     help="Other runtimes; those that are not installed are named.",
@@ -97,7 +104,6 @@ def bench(
     \b
     separable bench torchvision:mobilenet_v2 --threads 1,2 --against eager,onnxruntime
     """
-    table_or_json(style)
     from .. import cost
     from ..runtime.benchmarking import benchmark
 

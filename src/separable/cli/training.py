@@ -11,18 +11,21 @@ from typing import Any
 import click
 
 from ..training.recipe import Distillation, Recipe, described, read_config
-from .options import MODEL_HELP, load, numbers, output_format, table_or_json
+from .options import (
+    MODEL_HELP,
+    load,
+    load_converted,
+    numbers,
+    table_or_json,
+    torch_threads,
+)
+from .options import names as read_names
 
 DATA_HELP = "A folder, digits, cifar10 or hf:NAME."
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Read names with commas between them."""
-    return tuple(text.split(","))
-
-
 # how an option that is a list is read
-_LISTS: dict[Any, Any] = {tuple[float, ...]: numbers, tuple[str, ...]: _names}
+_LISTS: dict[Any, Any] = {tuple[float, ...]: numbers, tuple[str, ...]: read_names}
 
 
 def _recipe(kind: type[Recipe]) -> Callable[[Any], Any]:
@@ -81,7 +84,8 @@ def _shared(function: Any) -> Any:
 @click.option("--model", help="The network; see below. It gets as many classes as the data.")
 @_shared
 @_recipe(Recipe)
-@output_format
+@torch_threads
+@table_or_json
 def train(
     model: str | None,
     data: str | None,
@@ -102,7 +106,6 @@ def train(
     separable train --model separable:mobilenet_v1 --data photos --epochs 90
     separable train --model separable:mobilenet_v1,stem_stride=1 --data digits --epochs 10
     """
-    table_or_json(style)
     from .. import training
 
     given = _configured(
@@ -132,7 +135,8 @@ def train(
 @click.option("--weights", help="The teacher's trained weights, safetensors.")
 @_shared
 @_recipe(Distillation)
-@output_format
+@torch_threads
+@table_or_json
 def finetune(
     student: str | None,
     teacher: str | None,
@@ -154,8 +158,7 @@ def finetune(
     separable finetune --student slim.safetensors --teacher torchvision:resnet18 \\
         --weights in.safetensors --data photos --epochs 1
     """
-    table_or_json(style)
-    from .. import conversion, training
+    from .. import training
 
     keys = ("student", "teacher", "weights", "data", "validation_data")
     own = dict(zip(keys, (student, teacher, weights, data, validation_data), strict=True))
@@ -164,7 +167,7 @@ def finetune(
     weights_file = None if names["weights"] is None else Path(names["weights"])
     original = load(names["teacher"], weights_file)
     network = training.finetune(
-        conversion.load(names["student"], model=original),
+        load_converted(names["student"], original, "--student"),
         teacher=original,
         data=names["data"],
         validation_data=names["validation_data"],

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..cost.preserving import copied
+from ..failures import whole_message
 from ..outputs import OUTPUTS
 from ..writing import whole_file
 from .applying import Report
@@ -148,7 +149,8 @@ def load(path: str | os.PathLike[str], *, model: nn.Module) -> nn.Module:
         result.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"`path` (={os.fspath(path)!r}) holds another network than `model`: {error}"
+            f"`path` (={os.fspath(path)!r}) holds another network than `model`: "
+            f"{whole_message(error)}"
         ) from error
     result.report = report  # type: ignore[assignment]
     return result

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from prettytable import PrettyTable
 
+from ..limits import whole_number
 from ..outputs import Outputs, check_outputs
 from .forms import FORMS, Form, Shape, exact_rank, weights_per_position
 
@@ -98,7 +99,8 @@ class Row:
         for key in ("name", "reason", "geometry"):
             _check_kind(f"`{key}`{where}", getattr(self, key), str)
         for key in ("rank", "params_before", "params_after"):
-            _check_kind(f"`{key}`{where}", getattr(self, key), int)
+            number = whole_number(key, getattr(self, key), least=0, where=where)
+            object.__setattr__(self, key, number)  # of Python, for JSON
         for key in ("macs_before", "macs_after"):
             _check_kind(f"`{key}`{where}", getattr(self, key), float)
         if self.error is not None:  # rounding may take it below 0
@@ -107,12 +109,10 @@ class Row:
         for key in ("seconds_before", "seconds_after"):
             if getattr(self, key) is not None:
                 _check_kind(f"`{key}`{where}", getattr(self, key), float)
-        for number in self.positions:
-            _check_kind(f"`positions`{where}", number, float)
+        for positions in self.positions:
+            _check_kind(f"`positions`{where}", positions, float)
         for size in self.shape or ():
-            _check_kind(f"`shape`{where}", size, int)
-        if self.shape is not None and min(self.shape) < 1:
-            raise ValueError(f"`shape` (={self.shape}){where} must be positive")
+            whole_number("shape", size, least=1, where=where)
         if self.form is None:
             return
         if self.shape is None:
@@ -141,7 +141,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         _check_kind("`budget`", self.budget, str)
-        check_seed(self.seed)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         check_outputs(self.outputs)
         for key in ("seconds_before", "seconds_after"):
             if getattr(self, key) is not None:
@@ -285,12 +285,11 @@ def _priced(row: Row) -> Row:
 
 
 def _check_kind(what: str, value: Any, kind: type) -> None:
-    """See that a value is a string, a whole number or a finite one; numbers from 0."""
+    """See that a value is a string, or a finite number from 0."""
     given = f"{what} (={value!r})"
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or isinstance(value, bool):
-        names = {str: "a string", int: "a whole number", float: "a number"}
-        raise TypeError(f"{given} must be {names[kind]}")
+        raise TypeError(f"{given} must be {'a string' if kind is str else 'a number'}")
     if isinstance(value, (int, float)) and not 0 <= value < math.inf:
         raise ValueError(f"{given} must be finite and not negative")
 
@@ -305,14 +304,11 @@ def unmet(goal: Budget, nearest: str, reasons: Mapping[str, str]) -> ValueError:
     )
 
 
-def check_seed(seed: Any) -> None:
-    """See that a seed is one that torch takes.
+def check_seed(seed: Any) -> int:
+    """See that a seed is one that torch takes, and return it as an int.
 
     Raises:
         TypeError: it is no whole number.
         ValueError: it is out of range.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"`seed` (={seed!r}) must be a whole number")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"`seed` (={seed}) must lie in -2**63 to 2**64 - 1, as torch's do")
+    return whole_number("seed", seed, -(2**63), 2**64 - 1)

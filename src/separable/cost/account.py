@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from prettytable import PrettyTable, TableStyle
 
+from ..limits import whole_number
+
 Format = Literal["table", "json", "csv", "markdown", "html"]
 
 
@@ -142,14 +144,12 @@ class Account(Cost):
             depth: how many levels of modules to show; None shows all.
 
         Raises:
-            TypeError: `depth` is no int.
+            TypeError: `depth` is no whole number.
             ValueError: `format` is not one of these, or `depth` is negative.
         """
         check_format(format)
-        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int)):
-            raise TypeError(f"`depth` (={depth!r}) must be an int, or None for all levels")
-        if depth is not None and depth < 0:
-            raise ValueError(f"`depth` (={depth}) must be 0 or more, or None for all levels")
+        if depth is not None:
+            whole_number("depth", depth, least=0)
         if format == "json":
             return json.dumps(self.to_dict(), indent=2)
         rows = [row for row in self.rows if depth is None or row.depth <= depth]

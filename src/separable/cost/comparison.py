@@ -12,6 +12,7 @@ import torch
 from prettytable import PrettyTable
 from torch import nn
 
+from ..wording import counted
 from .account import CONVENTIONS, Account, Format, check_format, draw
 from .counting import count, unwrap
 from .inputs import DTypes, Sizes, make_inputs
@@ -162,7 +163,7 @@ class Comparison:
             )
         return [
             *remarks,
-            f"{promise}\n{one.device}, {one.threads} threads, {one.dtype}, {versions}.",
+            f"{promise}\n{one.device}, {counted(one.threads, 'thread')}, {one.dtype}, {versions}.",
         ]
 
     def __str__(self) -> str:

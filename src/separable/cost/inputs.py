@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
+from ..limits import is_whole
+
 Sizes = Sequence[int] | Sequence[Sequence[int]]
 MOST_ELEMENTS = 2**63 - 1  # what torch's indices count to
 
@@ -126,7 +128,7 @@ def _check_sizes(input_size: Any) -> list[tuple[int, ...]]:
         )
     sizes = [input_size] if isinstance(input_size[0], Integral) else list(input_size)
     for size in sizes:
-        if not isinstance(size, Sequence) or not all(map(_is_int, size)):
+        if not isinstance(size, Sequence) or not all(map(is_whole, size)):
             raise TypeError(
                 f"`input_size` ({_shown(input_size)}) must be made of ints; tensors are given as "
                 "`inputs`"
@@ -138,10 +140,6 @@ def _check_sizes(input_size: Any) -> list[tuple[int, ...]]:
                 f"`input_size` (={input_size!r}) must have at most {MOST_ELEMENTS} elements"
             )
     return [tuple(map(int, size)) for size in sizes]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _draw(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

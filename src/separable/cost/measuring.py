@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..limits import check_threads
+from ..limits import check_threads, whole_number
 from ..progress import progress, timed
 from .inputs import Inputs, Sizes, make_inputs
 from .measurement import LayerTime, Measurement
@@ -174,7 +174,7 @@ def measure_interleaved(
 
 
 def check_timing(
-    *, repeats: int, warmup: int = 1, min_seconds: float = 0.0, threads: int | None = None
+    *, repeats: int, warmup: int = 1, min_seconds: Any = 0.0, threads: int | None = None
 ) -> None:
     """Refuse what `measure` can't time with.
 
@@ -182,21 +182,12 @@ def check_timing(
         TypeError: an argument is no number of its kind.
         ValueError: an argument is out of its range.
     """
-    kinds: dict[str, tuple[Any, type, str]] = {
-        "repeats": (repeats, Integral, "an int"),
-        "warmup": (warmup, Integral, "an int"),
-        "min_seconds": (min_seconds, Real, "a number of seconds"),
-    }
-    for name, (value, kind, words) in kinds.items():
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"`{name}` (={value!r}) must be {words}")
-    if isinstance(threads, bool):
-        raise TypeError(f"`threads` (={threads}) must be an int")
+    whole_number("repeats", repeats, least=1)
+    whole_number("warmup", warmup, least=1)
     check_threads(threads)
-    for name, value in {"repeats": repeats, "warmup": warmup}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` (={value}) must be at least 1")
-    if not 0 <= min_seconds < math.inf:
+    if isinstance(min_seconds, bool) or not isinstance(min_seconds, Real):
+        raise TypeError(f"`min_seconds` (={min_seconds!r}) must be a number of seconds")
+    if not 0 <= float(min_seconds) < math.inf:
         raise ValueError(f"`min_seconds` (={min_seconds}) must be a number of seconds, 0 or more")
 
 

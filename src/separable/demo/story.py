@@ -23,6 +23,7 @@ from ..reporting import Findings, report
 from ..training import Recipe, train
 from ..training.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
 from ..training.scoring import count_correct, wilson_interval
+from ..wording import counted
 
 BATCH = 64
 INPUT_SIZE = (BATCH, 1, IMAGE_SIZE, IMAGE_SIZE)
@@ -205,8 +206,8 @@ class Story:
         versions = ", ".join(f"{name} {number}" for name, number in measured.versions.items())
         return (
             "Share of the promise: measured speed-up / how many times fewer MACs.\n"
-            f"MobileNetV1 on handwritten digits, {self.epochs} epochs, seed {self.seed}, "
-            f"{first.tested} test images. A pass takes {BATCH} images; median of "
+            f"MobileNetV1 on handwritten digits, {counted(self.epochs, 'epoch')}, seed "
+            f"{self.seed}, {first.tested} test images. A pass takes {BATCH} images; median of "
             f"{len(measured.times)} repeats, the networks in turn.\n"
             f"{measured.device}, threads: {measured.threads}, {measured.dtype}, {versions}."
         )

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from ..nn.conv import _positive_int
+from ..limits import whole_number
 
 ConvForm = Literal["separable", "regular"]
 Activation = Literal["relu", "relu6"]
@@ -93,9 +93,9 @@ class MobileNetV1(nn.Module):
             raise TypeError(f"`dropout` (={dropout!r}) must be a number")
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` (={dropout}) must be at least 0 and less than 1")
-        _positive_int("num_classes", num_classes)
-        _positive_int("in_channels", in_channels)
-        _positive_int("stem_stride", stem_stride)
+        whole_number("num_classes", num_classes, least=1)
+        whole_number("in_channels", in_channels, least=1)
+        whole_number("stem_stride", stem_stride, least=1)
 
         def scaled(channels: int) -> int:
             return max(_LEAST_CHANNELS, int(channels * width))

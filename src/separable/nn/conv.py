@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..limits import is_whole, whole_number
+
 Size = int | Sequence[int]
 Padding = Size | Literal["same", "valid"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Order = Literal["depthwise-pointwise", "pointwise-depthwise"]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if not _is_int(value):
-        raise TypeError(f"`{name}` (={value!r}) must be an int")
-    if value < 1:
-        raise ValueError(f"`{name}` (={value}) must be at least 1")
-    return int(value)
 
 
 def _bool(name: str, value: Any) -> bool:
@@ -37,8 +26,8 @@ def _bool(name: str, value: Any) -> bool:
 
 def _sizes(name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
     """Check an int, or one int per dimension, and return it as a tuple."""
-    sizes = (value,) * dims if _is_int(value) else value
-    if not isinstance(sizes, Sequence) or not all(map(_is_int, sizes)):
+    sizes = (value,) * dims if is_whole(value) else value
+    if not isinstance(sizes, Sequence) or not all(map(is_whole, sizes)):
         raise TypeError(f"`{name}` (={value!r}) must be an int or a tuple of {dims} ints")
     if len(sizes) != dims:
         raise ValueError(f"`{name}` (={value!r}) must have {dims} entries, one per dimension")
@@ -110,12 +99,12 @@ class _Depthwise(nn.modules.conv._ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        in_channels = _positive_int("in_channels", in_channels)
+        in_channels = whole_number("in_channels", in_channels, least=1)
         if depth_multiplier is not None:
-            depth_multiplier = _positive_int("depth_multiplier", depth_multiplier)
+            depth_multiplier = whole_number("depth_multiplier", depth_multiplier, least=1)
         if out_channels is None:
             out_channels = in_channels * (depth_multiplier or 1)
-        out_channels = _positive_int("out_channels", out_channels)
+        out_channels = whole_number("out_channels", out_channels, least=1)
         if out_channels % in_channels:
             raise ValueError(
                 f"`out_channels` (={out_channels}) must be a multiple of "
@@ -217,8 +206,8 @@ class _Pointwise(nn.modules.conv._ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        in_channels = _positive_int("in_channels", in_channels)
-        out_channels = _positive_int("out_channels", out_channels)
+        in_channels = whole_number("in_channels", in_channels, least=1)
+        out_channels = whole_number("out_channels", out_channels, least=1)
         _bool("bias", bias)
         geometry = _geometry(self._dims, kernel_size, stride, padding, dilation, padding_mode)
         if any(size != 1 for size in geometry["kernel_size"]):
@@ -299,10 +288,10 @@ class _Separable(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels = _positive_int("in_channels", in_channels)
-        self.out_channels = out_channels = _positive_int("out_channels", out_channels)
-        self.depth_multiplier = depth_multiplier = _positive_int(
-            "depth_multiplier", depth_multiplier
+        self.in_channels = in_channels = whole_number("in_channels", in_channels, least=1)
+        self.out_channels = out_channels = whole_number("out_channels", out_channels, least=1)
+        self.depth_multiplier = depth_multiplier = whole_number(
+            "depth_multiplier", depth_multiplier, least=1
         )
         if order not in get_args(Order):
             raise ValueError(f"`order` (={order!r}) must be one of {', '.join(get_args(Order))}")

@@ -10,6 +10,14 @@ execute     threads and calls; `compiled`: what the user calls
 files       compiled models on disk
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError(
+        "separable.runtime, and with it compile, report and export, needs Linux or macOS: its "
+        "threads are POSIX's; on Windows run networks in PyTorch"
+    )
+
 from .backend import compile
 from .compiled import CompiledModel
 from .files import load_compiled

@@ -48,7 +48,8 @@ def compile(
         The compiled model. Operators without a kernel still run in torch; `explain()` names them.
 
     Raises:
-        TypeError: if the model is no module, or the example is no tensor or sequence.
+        TypeError: if the model is no module, the example no tensor or sequence, or `threads`
+            no int.
         ValueError: if the model is in training mode, can't be traced, writes into its inputs, or
             mixes the samples of a batch though `dynamic_batch` is asked for; or an argument is out
             of its range.

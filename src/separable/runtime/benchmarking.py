@@ -24,6 +24,7 @@ from ..cost.preserving import copied
 from ..failures import in_a_line
 from ..limits import check_threads
 from ..progress import progress, timed
+from ..wording import counted
 from . import machine as machines
 from .backend import compile as compile_model
 from .checking import TOLERANCE, outputs_deviation
@@ -90,15 +91,22 @@ class Benchmark:
     @property
     def advantage(self) -> float:
         """The best other median over that of `separable`; below 1 where it loses."""
-        times = {t.runtime: t.median for t in self.timings if t.median and t.runtime != "unfused"}
-        own = times.pop("separable", 0.0)
-        return min(times.values()) / own if own and times else 0.0
+        own, other = self._own, self._best_other
+        return other.median / own.median if own and other else 0.0
+
+    @property
+    def _own(self) -> Timing | None:
+        return next((t for t in self.timings if t.runtime == "separable" and t.median), None)
+
+    @property
+    def _best_other(self) -> Timing | None:
+        others = (t for t in self.timings if t.median and t.runtime not in ("separable", "unfused"))
+        return min(others, key=lambda timing: timing.median, default=None)
 
     @property
     def peak_share(self) -> float:
         """The median time at the multiply-add peak over that of `separable`; 0 if it failed."""
-        own = next((t.median for t in self.timings if t.runtime == "separable"), 0.0)
-        return self.at_peak.median / own if own else 0.0
+        return self.at_peak.median / self._own.median if self._own else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
@@ -120,11 +128,19 @@ class Benchmark:
             ]
             table.add_row([t.runtime, t.version, *(row if t.median else [t.note, "", "", ""])])
         size = "×".join(map(str, self.input_size))
-        return (
-            f"{self.network}, {size}, {self.threads} thread(s)\n{table}\n"
-            f"{self.advantage:.2f} times the best other; {self.peak_share:.0%} of the multiply-add "
-            f"peak: {self.at_peak.median:.2f} ({self.at_peak.low:.2f}-{self.at_peak.high:.2f}) ms "
-            f"for the multiply-adds alone, {self.peak_gflops:.0f} GFLOP/s in the best burst"
+        other = self._best_other
+        beside = (
+            f"{self.advantage:.2f} times as fast as {other.runtime}, the best other; "
+            if other
+            else ""
+        )
+        verdict = (
+            f"separable is {beside}at {self.peak_share:.0%} of the multiply-add peak: "
+            f"{self.at_peak.median:.2f} ({self.at_peak.low:.2f}-{self.at_peak.high:.2f}) ms for "
+            f"the multiply-adds alone, {self.peak_gflops:.0f} GFLOP/s in the best burst"
+        )
+        return f"{self.network}, {size}, {counted(self.threads, 'thread')}\n{table}\n" + (
+            verdict if self._own else "separable has no time, so there is nothing to compare"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from prettytable import PrettyTable, TableStyle
@@ -82,6 +82,11 @@ class Explanation:
     def fallbacks(self) -> tuple[Row, ...]:
         """What went back to torch, because there is no kernel for it."""
         return tuple(row for row in self.rows if row.seconds is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain Python values, ready for JSON."""
+        rows = [{**asdict(row), "roofline_share": row.roofline_share} for row in self.rows]
+        return {**asdict(self), "rows": rows}
 
     def __str__(self) -> str:
         table = PrettyTable()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from ..images import IMAGENET_MEAN, IMAGENET_STD
+from ..limits import whole_number
 from ..outputs import Outputs
 
 if typing.TYPE_CHECKING:
@@ -197,7 +198,7 @@ class Distillation(Recipe):
     )
     weight_decay: float | None = _field(
         0.0,
-        "Not on norms, biases and depthwise filters; by optimiser as in `train` if left out.",
+        "Not on norms, biases and depthwise filters; None takes that of `train`.",
         0,
     )
     label_smoothing: float = _field(0.0, "Share of a label that all classes get alike.", 0, 1)
@@ -212,7 +213,7 @@ class Distillation(Recipe):
     )
     temperature: float = _field(4.0, "Both networks' logits are divided by it.", 0.01)
     features: float = _field(
-        1.0, "Weight of the block ends' relative squared error; 0 leaves them out.", 0
+        1.0, "Weight of the block ends' squared error over their variance; 0 leaves them out.", 0
     )
     blocks: tuple[str, ...] = _field(
         (), "Modules to match, as in layer1.*; left out the blocks that hold converted layers."
@@ -286,7 +287,9 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
             pass
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if kind is int:
+        return whole_number(name, value)
+    if not isinstance(value, kind):
         raise TypeError(f"`{name}` (={value!r}) must be of the type {kind.__name__}")
     return value
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ..conversion import Report
 from ..cost.preserving import copied
+from ..wording import counted
 from .checkpoints import (
     Checkpoints,
     check_shapes,
@@ -78,10 +79,12 @@ class Run:
         return {**dataclasses.asdict(self), "folder": folder}
 
     def __str__(self) -> str:
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        told = {name: value for name, value in self.metrics.items() if not name.startswith("lr-")}
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
         return (
-            f"{self.epochs} epochs, {self.steps} steps in {self.seconds:.1f} s, "
-            f"{self.waiting:.1%} of the training time spent waiting for data\n{metrics}"
+            f"{counted(self.epochs, 'epoch')}, {counted(self.steps, 'step')} in "
+            f"{self.seconds:.1f} s, {self.waiting:.1%} of the training time spent waiting "
+            f"for data\n{metrics}"
         )
 
 
