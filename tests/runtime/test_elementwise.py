@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from separable.runtime.emit import elementwise, reduction, resample
 from separable.runtime.emit.elementwise import Map
 from separable.runtime.emit.expression import ACTIVATIONS, PRIMITIVES, evaluate, operand
 from separable.runtime.emit.kernel import Kernel
-from separable.runtime.emit.reduction import Columns, Rows
+from separable.runtime.emit.reduction import REDUCTIONS, SOFTMAXES, Columns, Rows
 from separable.runtime.emit.resample import Resample
 from separable.runtime.machine import Machine, host
 
@@ -100,7 +102,7 @@ def test_maps(
 
 @pytest.mark.parametrize("channels", [1, 7, 32, 45, 70])
 @pytest.mark.parametrize("pixels", [(1, 1), (5, 3), (90, 70), (1, 4000)])
-@pytest.mark.parametrize("kind", ["mean", "max"])
+@pytest.mark.parametrize("kind", ["mean", "sum", "max"])
 def test_reductions_over_pixels(
     kind: str, channels: int, pixels: tuple[int, int], machine: Machine
 ) -> None:
@@ -121,23 +123,25 @@ def test_reductions_over_pixels(
     assert_as_exact_as_eager(y, reduction.reference_columns(does, x, [extra]), exact)
 
 
-@pytest.mark.parametrize("kind", ["norm", "softmax", "log_softmax", "mean", "max"])
+@pytest.mark.parametrize("kind", ["norm", "log_softmax", *SOFTMAXES, *REDUCTIONS])
 @pytest.mark.parametrize("length", [1, 3, 8, 29, 64, 777, 20_000])
 def test_rows(kind: str, length: int, machine: Machine) -> None:
     if kind == "norm" and length == 1:
         pytest.skip("the variance of one value is 0")
     x, extra = random(6 * length) * 3 + 1, random(length)
-    width = 1 if kind in ("mean", "max") else length
+    if kind == "safe_softmax":
+        x[:length] = -math.inf
+    width = 1 if kind in REDUCTIONS else length
     does = Rows(
         kind=kind,
         sizes=(2, 3, length),
         x_strides=(3 * length, length, 1),
         y_strides=(3 * width, width, 1),
-        extra_strides=() if kind == "softmax" else ((0, 0, int(width == length)),),
-        epilogue=operand(0) if kind == "softmax" else ("mul", operand(0), operand(1)),
+        extra_strides=() if kind in SOFTMAXES else ((0, 0, int(width == length)),),
+        epilogue=operand(0) if kind in SOFTMAXES else ("mul", operand(0), operand(1)),
         eps=1e-5,
     )
-    extras = [] if kind == "softmax" else [extra]
+    extras = [] if kind in SOFTMAXES else [extra]
     y = run(Kernel(does, machine), [x, *extras], 6 * width).view(2, 3, width)
     exact = reduction.reference_rows(does, x.double(), [e.double() for e in extras])
     assert_as_exact_as_eager(y, reduction.reference_rows(does, x, extras), exact)

@@ -231,3 +231,41 @@ def test_padding_is_saved(tmp_path: Path) -> None:
     compiled = separable.compile(model, X, threads=1)
     compiled.save(tmp_path / "model")
     assert torch.equal(separable.load_compiled(tmp_path / "model")(X), compiled(X))
+
+
+INF = float("inf")
+HIDDEN = torch.tensor([[-INF, -INF, -INF], [0.0, -INF, 1.0], [-INF, INF, 0.0]])
+ONES = torch.ones(2, 3, 3)
+WHOLE = torch.randint(0, 2, (5, 197), generator=torch.Generator().manual_seed(0)).float()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (lambda q, m: F.scaled_dot_product_attention(q, q, q, m), (torch.ones(2, 3, 4), HIDDEN)),
+        (lambda m: m.softmax(-1), (HIDDEN,)),
+        (
+            lambda b, x: torch.baddbmm(b, x, x, beta=0),
+            (HIDDEN.expand(2, 3, 3), torch.ones(2, 3, 3)),
+        ),
+        (lambda x: F.linear(x, torch.ones(3, 4), torch.ones(1)), (torch.ones(2, 4),)),
+        (lambda x: torch.addmm(torch.ones(1), x, torch.ones(4, 3)), (torch.ones(2, 4),)),
+        (lambda x: F.avg_pool1d(x, 5000), (torch.randn(1, 2, 5000),)),
+        (lambda x: F.max_pool2d(x, (1, 5000)), (torch.randn(1, 2, 3, 5000),)),
+        (lambda x: x.var(0, correction=3), (torch.tensor([[1.0], [2.0]]),)),
+        (lambda x: (x.sum(-1), x.sum(0), x.sum()), (WHOLE,)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:var")
+def test_corners_of_what_torch_defines(
+    function: Callable[..., object], arguments: tuple[torch.Tensor, ...]
+) -> None:
+    class Model(nn.Module):
+        def forward(self, *given: torch.Tensor) -> object:
+            return function(*given)
+
+    expected = function(*arguments)
+    found = separable.compile(Model().eval(), arguments, threads=1)(*arguments)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    if arguments[0] is WHOLE:
+        assert all(map(torch.equal, found, expected))

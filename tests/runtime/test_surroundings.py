@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
 import separable
@@ -18,7 +20,7 @@ import separable
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     """One with a part in torch, and with a table of neighbours."""
     torch.manual_seed(0)
     up = nn.Upsample(scale_factor=2, mode="bilinear")
@@ -285,3 +287,41 @@ def test_numbers_where_a_batch_should_be() -> None:
     compiled = separable.compile(nn.ReLU().eval(), X, dynamic_batch=True)
     with pytest.raises(TypeError, match=r"argument 0 \(=5\) must be a tensor"):
         compiled(5)
+
+
+def test_what_is_saved_has_the_weights_of_now(tmp_path: Path) -> None:
+    model = network()[0]
+    compiled = separable.compile(model, X)
+    with torch.no_grad():
+        model.weight.mul_(10)
+    compiled.save(tmp_path / "a")
+    torch.testing.assert_close(separable.load_compiled(tmp_path / "a")(X), reference(model))
+
+
+@pytest.mark.parametrize("fake_input", [False, True])
+def test_tensors_without_data_are_refused(fake_input: bool) -> None:
+    compiled = separable.compile(network(), X)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    x = mode.from_tensor(X) if fake_input else X
+    with mode, pytest.raises(TypeError, match="FakeTensor"):
+        compiled(x)
+    torch.testing.assert_close(compiled(X), reference(network()))
+
+
+def test_compiling_in_several_threads() -> None:
+    model = network()
+    expected = reference(model)
+    with ThreadPoolExecutor(4) as pool:
+        for compiled in pool.map(lambda _: separable.compile(model, X, threads=1), range(8)):
+            torch.testing.assert_close(compiled(X), expected)
+
+
+def test_arguments_that_mean_nothing() -> None:
+    with pytest.raises(ValueError, match="`repeats`"):
+        separable.compile(network(), X).explain(0)
+    with pytest.raises(ValueError, match="`isa`"):
+        separable.compile(network(), X, isa="")
+    fast = torch.compile(network(), backend="separable", options={"threads": 0})
+    with pytest.raises(Exception, match="`threads`"):  # though gradients would take it to torch
+        fast(X)
+    torch.compiler.reset()

@@ -21,7 +21,7 @@ from .graph import Graph, Recipe, optimise
 from .importing import NeedsFunctionalisation, import_graph
 from .scheduling import schedule
 from .validation import check_footprint
-from .weights import Weights, exported_weights
+from .weights import TRACING, Weights, exported_weights
 
 
 def compile(
@@ -100,7 +100,8 @@ def traced(model: nn.Module, args: tuple[Any, ...]) -> torch.export.ExportedProg
     # an argument given twice would be taken for one
     args = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
     try:
-        return torch.export.export(model, args)
+        with TRACING:
+            return torch.export.export(model, args)
     except Exception as error:  # torch names no common class of what tracing and the model raise
         raise _untraceable(error) from error
 
@@ -152,7 +153,8 @@ def build(
         graph = translate(exported)
     except NeedsFunctionalisation:
         try:
-            functional = exported.run_decompositions({})
+            with TRACING:
+                functional = exported.run_decompositions({})
         except Exception as error:
             raise _untraceable(error) from error
         graph = translate(functional)

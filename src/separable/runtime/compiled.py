@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..limits import whole_number
 from .execute import Program
 from .explaining import Explanation, assembly, explain
 from .memory import Form
@@ -80,8 +81,9 @@ class CompiledModel:
         """What runs in which kernel, what was fused, and how fast each is.
 
         Args:
-            repeats: measurements per kernel, of which the best counts.
+            repeats: measurements per kernel, 1 or more, of which the best counts.
         """
+        whole_number("repeats", repeats, least=1)
         generator = torch.Generator("cpu").manual_seed(0)
         inputs = [
             form.empty().normal_(generator=generator)

@@ -37,15 +37,14 @@ def backend(
     unknown = set(chosen) - {"threads", "isa"}
     if unknown:
         raise ValueError(f"`options` has no {sorted(unknown)}; `threads` and `isa` can be given")
+    threads, isa = chosen.get("threads"), chosen.get("isa")
+    check_threads(threads)
+    machine = machines.host(isa)
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return module.forward
     fixed = [i for i, x in enumerate(example_inputs) if _is_weight(x)]
-    threads = chosen.get("threads")
-    check_threads(threads)
-    return GraphRunner(
-        module, fixed, machines.cores() if threads is None else threads, chosen.get("isa")
-    )
+    return GraphRunner(module, fixed, machines.cores() if threads is None else threads, machine)
 
 
 SHAPES = 64
@@ -59,13 +58,17 @@ class GraphRunner:
         module: the graph.
         fixed: which of its arguments are weights; their shapes do not change.
         threads: of one call.
-        isa: the instruction set, or None for the best one here.
+        machine: the CPU to generate for.
     """
 
     def __init__(
-        self, module: torch.fx.GraphModule, fixed: Sequence[int], threads: int, isa: str | None
+        self,
+        module: torch.fx.GraphModule,
+        fixed: Sequence[int],
+        threads: int,
+        machine: machines.Machine,
     ) -> None:
-        self._module, self._threads, self._machine = module, threads, machines.host(isa)
+        self._module, self._threads, self._machine = module, threads, machine
         count = sum(node.op == "placeholder" for node in module.graph.nodes)
         self._fixed, self._free = fixed, [i for i in range(count) if i not in set(fixed)]
         self._compiled: dict[Any, Callable[..., Any]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ..progress import progress
@@ -25,7 +26,7 @@ from .machine import Machine, host
 from .memory import Buffer, Place, aligned, plan_arena
 from .steps import Schedule, Step
 from .threads import address_of, driver_code, workers
-from .weights import Weights
+from .weights import TRACING, Weights
 
 _FLOAT = 4  # bytes
 _ACTIVE = driver.JOB.index("active")
@@ -177,10 +178,10 @@ class Program:
 
     def pack(self) -> None:
         """Compute the packed weights anew; calls that are running keep the old ones."""
-        seen = self._watched.look() if self._watched else None
-        weights = _aligned_floats(self._constants)
         exact = torch.autocast("cpu", enabled=False)  # whatever the caller's defaults are
-        with torch.no_grad(), evaluation(), exact, torch.device("cpu"):
+        with TRACING, torch.no_grad(), evaluation(), exact, torch.device("cpu"):
+            seen = self._watched.look() if self._watched else None
+            weights = _aligned_floats(self._constants)
             for buffer, recipe in self.schedule.constants:
                 value = recipe().detach().to(torch.float32).reshape(-1)
                 weights[buffer.offset : buffer.offset + buffer.size].copy_(value)
@@ -206,7 +207,7 @@ class Program:
         outputs = self._outputs() if outputs is None else outputs
         results = self._attempt(inputs, outputs, check=True)
         if results is None:
-            self._refresh()
+            self.refresh()
             # Weights packed since the call began will do: who changes them meanwhile can't tell.
             results = self._attempt(inputs, outputs, check=False)
         assert results is not None
@@ -252,8 +253,9 @@ class Program:
             return True
         return not self._watched.changed() and frame.weights is self._weights
 
-    def _refresh(self) -> None:
-        with self._lock:
+    def refresh(self) -> None:
+        """Pack the weights anew if they have changed."""
+        with TRACING, self._lock:
             if self._watched is not None and self._watched.changed():
                 self.pack()
 
@@ -268,10 +270,10 @@ class Program:
         frame.bases[1] = frame.weights.data_ptr()
         at = 2
         for buffer, value in zip(self.schedule.inputs, inputs, strict=True):
-            frame.bases[at] = 0 if buffer is None else value.data_ptr()
+            frame.bases[at] = 0 if buffer is None else _pointer(value)
             at += 1
         for output in outputs:
-            frame.bases[at] = 0 if output is None else output.data_ptr()
+            frame.bases[at] = 0 if output is None else _pointer(output)
             at += 1
 
     def _run_torch(
@@ -379,6 +381,15 @@ class Program:
         return run
 
 
+def _pointer(tensor: torch.Tensor) -> int:
+    if isinstance(tensor, FakeTensor):
+        raise TypeError(
+            "a compiled model works on memory, and a FakeTensor has none; call it outside of "
+            "FakeTensorMode, with tensors that hold data"
+        )
+    return tensor.data_ptr()
+
+
 def _address(words: array[int]) -> int:
     return words.buffer_info()[0]
 
@@ -387,5 +398,5 @@ def _aligned_floats(count: int) -> torch.Tensor:
     """Uninitialised floats from a cache line on."""
     with torch.inference_mode(False):  # it is written to in other modes too
         raw = torch.empty(count + 16, dtype=torch.float32, device="cpu")
-    start = -(raw.data_ptr() // _FLOAT) % 16
+    start = -(_pointer(raw) // _FLOAT) % 16
     return raw[start : start + max(count, 1)]

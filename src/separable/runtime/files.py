@@ -119,6 +119,7 @@ def save(model: CompiledModel, path: str | os.PathLike[str]) -> None:
             tensor, or they are nested in anything but tuples, lists and dictionaries.
     """
     program = model.program
+    program.refresh()
     schedule = program.schedule
     torch_steps = [s.node.name for s in schedule.steps if s.kernel is None and s.node]
     if any(torch_steps):

@@ -55,6 +55,10 @@ def once(recipe: Recipe) -> Recipe:
     return value
 
 
+MOST_TAPS = 4096
+"""of a convolution or pool along an axis: kernels unroll them"""
+
+
 @dataclass(eq=False)
 class Node:
     """One operation.

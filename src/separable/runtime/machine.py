@@ -86,7 +86,7 @@ def host(isa: str | None = None) -> Machine:
             f"no supported instruction set on {llvm.get_host_cpu_name()}: "
             f"one of {', '.join(_ISAS)} is needed"
         )
-    name = isa or available[0]
+    name = available[0] if isa is None else isa
     if name not in available:
         raise ValueError(
             f"`isa` (={name!r}) must be one of {available} on this CPU; leave it out for the best"

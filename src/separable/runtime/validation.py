@@ -23,15 +23,15 @@ from .emit.conv import Conv, ConvTile
 from .emit.elementwise import Map
 from .emit.expression import PRIMITIVES, Expression, operands_of
 from .emit.kernel import Kernel
-from .emit.reduction import REDUCTIONS, Columns, Rows
+from .emit.reduction import REDUCTIONS, SOFTMAXES, Columns, Rows
 from .emit.relayout import Relayout
 from .emit.resample import Resample
 from .emit.window import Window, WindowTile
+from .graph import MOST_TAPS
 from .machine import Machine
 from .memory import Buffer
 
 _LARGEST = 1 << 40  # of any whole number in a file: offsets in bytes stay far from overflow
-_MOST_TAPS = 4096  # along an axis: they are unrolled
 _PAIR = 2
 
 
@@ -172,7 +172,7 @@ def _padded(channels: int, machine: Machine) -> int:
 def _sliding(does: Conv | Window) -> None:
     """Conditions on the filter of a convolution or pool."""
     _require(
-        kernel=all(1 <= k <= _MOST_TAPS for k in does.kernel),
+        kernel=all(1 <= k <= MOST_TAPS for k in does.kernel),
         stride=min(does.stride) >= 1,
         dilation=min(does.dilation) >= 1,
         in_size=min(does.in_size) >= 1,
@@ -260,10 +260,10 @@ def _columns(does: Columns, kernel: Kernel) -> tuple[list[int], int]:
 
 def _rows(does: Rows, kernel: Kernel) -> tuple[list[int], int]:
     _require(
-        kind=does.kind in ("norm", "softmax", "log_softmax", *REDUCTIONS),
+        kind=does.kind in ("norm", "log_softmax", *SOFTMAXES, *REDUCTIONS),
         sizes=len(does.sizes) >= 1,
         x_strides=does.x_strides[-1:] == (1,),
-        y_strides=does.kind != "softmax" or does.y_strides[-1:] == (1,) or does.sizes[-1] == 1,
+        y_strides=does.kind not in SOFTMAXES or does.y_strides[-1:] == (1,) or does.sizes[-1] == 1,
     )
     out = (*does.sizes[:-1], 1) if does.kind in REDUCTIONS else does.sizes
     extras = [_reach(out, strides) for strides in does.extra_strides]

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+import threading
 import weakref
 from array import array
 from collections import defaultdict
@@ -20,6 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import jit
 from .machine import host
 from .threads import driver_code
+
+TRACING = threading.RLock()
+"""held while a network is traced, by torch that puts fakes in the place of its weights for all
+threads, and while weights are read"""
 
 
 class Weights:

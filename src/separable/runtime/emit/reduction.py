@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llvmlite import ir
@@ -23,7 +24,8 @@ from .elementwise import load_strided, store_strided
 from .expression import Expression
 
 _VECTORS = 4  # channel vectors summed side by side
-REDUCTIONS = ("mean", "max")  # of which one value is left
+REDUCTIONS = ("mean", "sum", "max")  # of which one value is left
+SOFTMAXES = ("softmax", "safe_softmax")
 _CHAIN = 16  # values added up in one go; rounding errors grow with the root of the length
 
 
@@ -32,7 +34,7 @@ class Columns:
     """Means or maxima over some axes of dense channels; all strides count floats.
 
     Attributes:
-        kind: `"mean"` or `"max"`.
+        kind: `"mean"`, `"sum"` or `"max"`.
         kept: sizes of the axes that stay, the last being channels.
         reduced: sizes of the axes that go.
         x_kept: input strides along the kept axes, 1 along the last.
@@ -62,12 +64,13 @@ class Rows:
     """Layer norm (without its affine part), softmax, its logarithm, mean or maximum of rows.
 
     Attributes:
-        kind: `"norm"`, `"softmax"`, `"log_softmax"`, `"mean"` or `"max"`.
+        kind: `"norm"`, `"softmax"`, `"log_softmax"`, `"mean"`, `"sum"`, `"max"`, or
+            `"safe_softmax"`, of which rows of nothing but -inf are 0, as attention has it.
         sizes: of the axes, the last being the row.
         x_strides: of the input, 1 along the row.
         y_strides: of the output; means and maxima have one value per row.
         extra_strides: per further operand, its strides.
-        epilogue: of the result (operand 0) and the extras (1, 2, ...); `"softmax"` has none.
+        epilogue: of the result (operand 0) and the extras (1, 2, ...); softmaxes have none.
         eps: added to the variance.
     """
 
@@ -104,7 +107,7 @@ def emit_columns(columns: Columns, machine: Machine) -> str:
     whole = channels // group
     rest = channels - whole * group
     count = math.prod(columns.reduced)
-    how = "add" if columns.kind == "mean" else "max"
+    how = "max" if columns.kind == "max" else "add"
 
     def vectors(place: list[Index], c: Index, lanes: list[int]) -> None:
         start = b.at(x, b.add(b.dot(place, columns.x_kept[:-1]), c))
@@ -241,12 +244,14 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
             store_strided(b, result, b.at(target, b.mul(i, step)), step, n)
 
         size = b.constant(float(length))
-        if rows.kind in ("softmax", "log_softmax"):
+        if rows.kind in (*SOFTMAXES, "log_softmax"):
             largest = fold(source, "max")
+            if rows.kind == "safe_softmax":  # finite, so that powers of -inf are 0
+                largest = _join(b, "max", largest, b.constant(torch.finfo(torch.float32).min))
 
             def power(value: Value, i: Index, n: int) -> Value:
                 result = expression.PRIMITIVES["exp"][0](b, b.ir.fsub(value, largest))
-                if rows.kind == "softmax":
+                if rows.kind in SOFTMAXES:
                     b.store(result, b.at(target, i), n)
                 return result
 
@@ -260,6 +265,8 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
 
                 each(logarithmic)
                 return
+            if rows.kind == "safe_softmax":  # others add up to 1 or more
+                total = _join(b, "max", total, b.constant(torch.finfo(torch.float32).tiny))
             each(
                 lambda i, n: b.store(
                     b.ir.fdiv(b.load(b.at(target, i), n), total), b.at(target, i), n
@@ -269,7 +276,11 @@ def emit_rows(rows: Rows, machine: Machine) -> str:
         if rows.kind == "max":
             finish(fold(source, "max"), 0, 1)
             return
-        mean = b.ir.fdiv(fold(source, "add"), size)
+        total = fold(source, "add")
+        if rows.kind == "sum":
+            finish(total, 0, 1)
+            return
+        mean = b.ir.fdiv(total, size)
         if rows.kind == "mean":
             finish(mean, 0, 1)
             return
@@ -310,14 +321,18 @@ def reference_columns(
 def _reduced(
     kind: str, x: torch.Tensor, axes: Sequence[int], keepdim: bool = False
 ) -> torch.Tensor:
-    return (x.mean if kind == "mean" else x.amax)(tuple(axes), keepdim)
+    functions: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+    result: torch.Tensor = functions[kind](x, tuple(axes), keepdim)
+    return result
 
 
 def reference_rows(rows: Rows, x: torch.Tensor, extras: Sequence[torch.Tensor]) -> torch.Tensor:
     """The same in plain torch, on flat operands."""
     whole = x.as_strided(rows.sizes, rows.x_strides)
-    if rows.kind == "softmax":
-        return whole.softmax(-1)
+    if rows.kind in SOFTMAXES:
+        result = whole.softmax(-1)
+        hidden = (whole == -math.inf).all(-1, keepdim=True)
+        return result.masked_fill(hidden, 0) if rows.kind == "safe_softmax" else result
     sizes = (*rows.sizes[:-1], 1) if rows.kind in REDUCTIONS else rows.sizes
     views = [
         e.as_strided(sizes, strides) for e, strides in zip(extras, rows.extra_strides, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..graph import Node, constant
+from ..graph import MOST_TAPS, Node, constant
 from .registry import (
     LOWERINGS,
     Lowered,
@@ -49,6 +49,8 @@ def _conv(
         dilation = on_a_row(1, dilation)
     n, c, h, w = shape_of(x)
     out, inner, kh, kw = shape_of(weight)
+    if max(kh, kw) > MOST_TAPS:
+        return None
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     size = tuple(
         (i + 2 * p - (k - 1) * d - 1) // s + 1

@@ -29,6 +29,8 @@ def _linear(x: Node, weight: Node, bias: Node | None = None) -> Lowered:
     if not fixed(weight, bias):
         return None
     out, inner = shape_of(weight)
+    if bias and shape_of(bias) != (out,):
+        return None
     *lead, _ = shape_of(x)
     if len(lead) > 3:
         rows = _linear(view(x, "reshape", (math.prod(lead), inner)), weight, bias)
@@ -163,6 +165,8 @@ def _group_norm(
 def _baddbmm(bias: Node, x: Node, y: Node, *, beta: float = 1, alpha: float = 1) -> Lowered:
     node = product(x, y)
     scaled = ("mul", operand(0), float(alpha)), ("mul", operand(1), float(beta))
+    if not beta:  # whatever `bias` holds, NaN too, is ignored
+        return elementwise(scaled[0], node) if node else None
     return elementwise(("add", *scaled), node, bias) if node else None
 
 
@@ -186,7 +190,7 @@ def _attention(
     scores = elementwise(("mul", operand(0), float(factor)), scores)
     if mask:
         scores = elementwise(("add", operand(0), operand(1)), scores, mask)
-    attributes = {"axis": len(shape_of(scores)) - 1, "function": "softmax"}
+    attributes = {"axis": len(shape_of(scores)) - 1, "function": "safe_softmax"}
     return product(Node("softmax", shape_of(scores), [scores], attributes), value)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..emit.expression import operand
-from ..graph import Node
+from ..graph import MOST_TAPS, Node
 from .registry import Lowered, elementwise, lowers, on_a_row, pair, shape_of, view
 
 
@@ -51,6 +51,10 @@ def _pool(
     n, c, h, w = shape_of(x)
     kernel = pair(kernel)
     stride, padding, dilation = pair(stride, kernel), pair(padding), pair(dilation)
+    if (kernel, padding, dilation) == ((h, w), (0, 0), (1, 1)):
+        return Node("reduce", (n, c, 1, 1), [x], {"axes": (2, 3), "function": kind})
+    if max(kernel) > MOST_TAPS:
+        return None
     size = []
     for i, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True):
         span = i + 2 * p - (k - 1) * d - 1
@@ -181,8 +185,8 @@ def _variance(
     squares = elementwise(("mul", operand(0), operand(0)), away)
     mean = _reduced("mean", squares, dims, keepdim)
     count = math.prod(shape_of(x)) // math.prod(shape_of(mean))
-    unbiased = count / (count - (1 if correction is None else correction))
-    return elementwise(("mul", operand(0), unbiased), mean)
+    degrees = count - (1 if correction is None else correction)
+    return elementwise(("mul", operand(0), count / degrees), mean) if degrees > 0 else None
 
 
 @lowers("var.dim")
@@ -195,8 +199,7 @@ def _variance_of(
 def _deviation(variance: Callable[..., Lowered]) -> Callable[..., Lowered]:
     def lower(*arguments: Any, **named: Any) -> Lowered:
         node = variance(*arguments, **named)
-        assert isinstance(node, Node)
-        return elementwise(("sqrt", operand(0)), node)
+        return elementwise(("sqrt", operand(0)), node) if isinstance(node, Node) else None
 
     return lower
 
@@ -207,10 +210,7 @@ lowers("std.dim")(_deviation(_variance_of))
 
 @lowers("sum.dim_IntList")
 def _sum(x: Node, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Lowered:
-    mean = _mean(x, dims, keepdim)
-    assert isinstance(mean, Node)
-    count = math.prod(shape_of(x)) // math.prod(shape_of(mean))
-    return elementwise(("mul", operand(0), float(count)), mean)
+    return _reduced("sum", x, dims, keepdim)
 
 
 @lowers("sum.default")
