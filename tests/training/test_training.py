@@ -453,3 +453,68 @@ def test_a_run_is_told_in_plain_words():
         "1 epoch, 1,200 steps in 3.0 s, 25.0% of the training time spent waiting for data\n"
         "train_loss 2.5, val_accuracy 0.75"
     )
+
+
+class Tables(nn.Module):
+    """A network with a table of positions, a mask of infinities, and statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.register_buffer("order", torch.arange(200))
+        self.register_buffer("far", torch.tensor([2**40, 2**40 + 1]))
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def test_averaging_leaves_tables_and_masks_as_they_are():
+    model = seeded(Tables)
+    result = trained(model, epochs=4)
+    for name in ("order", "far", "mask"):
+        assert torch.equal(getattr(result, name), getattr(model, name)), name
+    assert not torch.equal(result.norm.running_mean, model.norm.running_mean)
+
+
+def test_the_average_of_small_floats_is_refused_whoever_made_them_small():
+    inputs, labels = blobs()
+    with pytest.raises(ValueError, match="8 significant bits"):
+        trained(seeded(net).bfloat16(), (inputs.bfloat16(), labels))
+
+
+@pytest.mark.parametrize("gather", [list, tuple])
+def test_batches_are_not_taken_for_inputs_and_labels(gather):
+    with pytest.raises(TypeError, match=r"torch\.cat"):
+        trained(data=gather(blobs()[0].split(8)))
+
+
+def test_labels_that_are_left_out_count_for_nothing():
+    inputs, labels = blobs()
+    some = labels.clone()
+    some[::2] = -100
+    options = {"epochs": 1, "lr": 1e-6, "ema": 0}
+    found = trained(validation_data=TensorDataset(inputs, some), **options).run.metrics
+    known = trained(validation_data=(inputs[1::2], labels[1::2]), **options).run.metrics
+    for name in ("val_loss", "val_accuracy"):
+        assert found[name] == pytest.approx(known[name], rel=1e-4)
+
+
+def test_probabilities_are_validated_by_their_largest():
+    inputs, labels = blobs()
+    sure = nn.functional.one_hot(labels, 3).float()
+    options = {"epochs": 1, "lr": 1e-6, "ema": 0}
+    found = trained(validation_data=(inputs, sure), **options).run.metrics
+    known = trained(validation_data=(inputs, labels), **options).run.metrics
+    for name in ("val_loss", "val_accuracy"):
+        assert found[name] == pytest.approx(known[name], rel=1e-4)
+
+
+def test_a_network_that_runs_in_its_own_way_is_refused_before_the_training():
+    class Runs(nn.Sequential):
+        def run(self, x):
+            return self(x)
+
+    with pytest.raises(ValueError, match="has an attribute `run`"):
+        trained(Runs(seeded(net)))
+    assert trained(trained()).run.steps  # one that was trained may be again

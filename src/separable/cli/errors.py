@@ -21,6 +21,7 @@ from .completion import VARIABLE
 _PACKAGE = Path(__file__).parents[1]
 FAILED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as in a shell
+TERMINATED = 143  # 128 + SIGTERM
 
 
 class Group(click.Group):
@@ -72,8 +73,8 @@ class Group(click.Group):
         except click.ClickException as error:
             _fail(error.format_message())
         except (Exception, SystemExit) as error:  # code of the user's may leave, too
-            if isinstance(error, SystemExit) and _is_of_click(error):  # answers `... | head`
-                raise
+            if isinstance(error, SystemExit) and (error.code == TERMINATED or _is_of_click(error)):
+                raise  # a training that SIGTERM ended; the answer to `... | head`
             _fail(describe(error))
         sys.exit(code if isinstance(code, int) else 0)
 

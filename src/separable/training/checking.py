@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..cost.preserving import copied
 
 _ENLARGED = 16
-_IGNORED = -100
+IGNORED = -100
 """the label that cross-entropy leaves out"""
 
 
@@ -108,7 +108,7 @@ def check_labels(labels: object, logits: torch.Size) -> Tensor:
         if not labels.is_floating_point() and list(labels.shape) == expected:
             labels = labels.long()
             # on a GPU, looking means waiting for it
-            seen = labels[labels != _IGNORED] if labels.device.type == "cpu" else labels[:0]
+            seen = labels[labels != IGNORED] if labels.device.type == "cpu" else labels[:0]
             if len(seen) and not 0 <= seen.min() <= seen.max() < classes:
                 raise ValueError(
                     f"`data` has labels from {seen.min()} to {seen.max()}, and the network "

@@ -19,7 +19,7 @@ from ..conversion import Report
 from ..conversion.sensitivity import Returned
 from ..cost.preserving import copied
 from ..outputs import Outputs
-from .checking import check_labels
+from .checking import IGNORED, check_labels
 from .loading import STEP, seed_of
 from .matching import Matching
 from .optimizing import optimizer_of, schedule_of, sizes_of, without_decay
@@ -139,24 +139,24 @@ class Learning(LightningModule):
 
         Args:
             weights: with statistics.
-            first: those it began with; a mask of infinities is no harm.
+            first: those it began with; infinities of theirs, as in a mask, are no harm.
 
         Raises:
             ValueError: a weight is no number any more.
         """
         for name, weight in weights.items():
-            if _is_finite(first.get(name)) and not _is_finite(weight):
+            if _is_spoilt(weight, first.get(name)):
                 raise ValueError(
                     f"the weight {name!r} is no number after {self.global_step} steps: the "
                     f"training diverged; lower `lr` (={self.recipe.peak_lr:g})"
                 )
 
 
-def _is_finite(weight: Any) -> bool:
+def _is_spoilt(weight: Any, first: Any) -> bool:
     # the smallest floats can't be asked
-    if not isinstance(weight, Tensor) or weight.itemsize == 1:
-        return True
-    return bool(weight.isfinite().all())
+    if not (isinstance(weight, Tensor) and isinstance(first, Tensor)) or weight.itemsize == 1:
+        return False
+    return bool((first.isfinite().to(weight.device) & ~weight.isfinite()).any())
 
 
 class Supervised(Learning):
@@ -180,8 +180,12 @@ class Supervised(Learning):
         """Add a batch to the validation's loss and accuracy."""
         logits = self.network(inputs_of(batch)).float()
         labels = labels_of(batch, logits)
-        self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
-        self.accuracy.update(logits.argmax(1), labels)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        classes = labels.argmax(1) if labels.is_floating_point() else labels
+        counted = classes != IGNORED
+        if counted.any():
+            self.loss.update(losses[counted])
+            self.accuracy.update(logits.argmax(1)[counted], classes[counted])
         self.record("val_loss", self.loss)
         self.record("val_accuracy", self.accuracy)
 

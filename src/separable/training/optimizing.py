@@ -107,11 +107,29 @@ def averaging(decay: float) -> WeightAveraging:
     """Build the callback that keeps a moving average of the weights and statistics.
 
     After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's
-    `ExponentialMovingAverage`, so that a short training forgets where it began.
+    `ExponentialMovingAverage`, so that a short training forgets where it began. Whole numbers, such
+    as tables of positions, have no average and are copied; an infinity that stays, as in a mask,
+    is kept.
     """
+    masks: dict[int, bool] = {}
+    """by its address, whether a tensor began with infinities"""
 
     def average(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
         now = min(decay, (1 + int(count)) / (10 + int(count)))
-        get_ema_multi_avg_fn(now)(averages, weights, count)
+        plain: tuple[list[Tensor], list[Tensor]] = [], []
+        for held, weight in zip(averages, weights, strict=True):
+            if not (held.is_floating_point() or held.is_complex()):
+                held.copy_(weight)
+                continue
+            address = held.data_ptr()
+            if address not in masks:
+                masks[address] = not bool(held.isfinite().all())
+            if masks[address]:
+                held.copy_(held.lerp(weight, 1 - now).where(held != weight, held))
+                continue
+            plain[0].append(held)
+            plain[1].append(weight)
+        if plain[0]:
+            get_ema_multi_avg_fn(now)(*plain, count)
 
     return WeightAveraging(multi_avg_fn=average)

@@ -123,7 +123,16 @@ def run(
         feeding: the data.
         place: where to keep the run's files; None keeps none.
         progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the network has an attribute in the run's place, or the training diverged.
     """
+    own = getattr(model, "run", None)
+    if own is not None and not isinstance(own, Run):
+        raise ValueError(
+            f"the network has an attribute `run` (a {type(own).__name__}), where a training leaves "
+            "what it measured; rename it"
+        )
     recipe, network = learning.recipe, learning.network
     checkpoint, done = None if place is None else place.checkpoint, 0
     if place is not None and checkpoint is not None:
@@ -204,10 +213,10 @@ def _trainer(
                 f"`ema` (={recipe.ema}) can't average weights that `strategy` "
                 f"(={recipe.strategy!r}) shards; use ema=0"
             )
-        if recipe.dtype is torch.bfloat16:
+        if any(weight.dtype is torch.bfloat16 for weight in learning.network.parameters()):
             raise ValueError(
-                f"`ema` (={recipe.ema}) can't average weights of 8 significant bits, which "
-                f"`precision` (={recipe.precision!r}) makes them: small steps vanish; use ema=0"
+                f"`ema` (={recipe.ema}) can't average weights of 8 significant bits, as bfloat16 "
+                "has (the network's own, or by `precision`): small steps vanish; use ema=0"
             )
         callbacks.append(averaging(recipe.ema))
     if place is not None:

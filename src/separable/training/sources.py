@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from ..images import centre_crop, find_images, no_images, open_image, standardise, transforms
 from .augmenting import augmentation, flipped, shifted
+from .checking import IGNORED
 from .digits import CLASSES as DIGITS
 from .digits import IMAGE_SIZE as SMALL
 from .digits import load_digits
@@ -155,7 +156,17 @@ def _opened(data: Any, recipe: Recipe, labels: bool, channels: int) -> Source:
         data = tuple(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in data)
     if isinstance(data, Tensor | np.ndarray):
         data = TensorDataset(torch.as_tensor(data))
-    elif isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
+    elif isinstance(data, list) and data and all(isinstance(x, Tensor) for x in data):
+        raise TypeError(
+            f"`data` (a list of {len(data)} tensors) could be batches, or inputs and labels: join "
+            "batches by torch.cat, or give (inputs, labels) as a tuple"
+        )
+    elif isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data):
+        if len(data) > 2:
+            raise TypeError(
+                f"`data` (a tuple of {len(data)} tensors) must be (inputs, labels); join batches "
+                "by torch.cat"
+            )
         if len({len(part) for part in data}) != 1:
             raise ValueError("`data`: inputs and labels must be as many as each other")
         data = TensorDataset(*data)
@@ -177,6 +188,9 @@ def _classes(labels: Tensor) -> int | None:
     """How many classes labels tell apart: one, or as many as the largest asks for."""
     if labels.ndim != 1 or labels.is_floating_point():
         return None  # dense or soft ones, which each step looks at
+    labels = labels[labels != IGNORED]
+    if not len(labels):
+        return None
     if labels.min() < 0:
         raise ValueError(f"`data` has the label {labels.min()}; labels must be 0 or more")
     return 1 if len(labels.unique()) == 1 else int(labels.max()) + 1
