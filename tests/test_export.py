@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import signal
 import sys
 
 import pytest
@@ -342,3 +343,77 @@ def test_real_inputs_come_in_batches(tmp_path):
         separable.export(
             Masked(), tmp_path / "a.onnx", example=torch.randn(2, 3), inputs=torch.randn(4, 3)
         )
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, first, *rest):
+        return self.conv(first) + rest[0]
+
+
+class Lengths(nn.Module):
+    """An image, and a matrix that belongs to no sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x, matrix):
+        return self.conv(x).mean((2, 3)) @ matrix
+
+
+class OfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        return self.conv(x.reshape(2, 1, 8, 8))
+
+
+X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize(
+    ("make", "example", "dynamic"),
+    [
+        (lambda: nn.DataParallel(nn.Conv2d(1, 2, 3)), X, True),
+        (lambda: torch.compile(nn.Conv2d(1, 2, 3)), X, True),
+        (Several, (X, torch.ones(2, 1, 1, 1)), True),
+        (Lengths, (X, torch.ones(4, 5)), False),
+        (OfTwo, X, False),
+    ],
+)
+def test_however_a_network_takes_its_inputs(make, example, dynamic, ending, tmp_path):
+    found = separable.export(
+        make(), tmp_path / f"a.{ending}", example=example, dynamic_batch=dynamic, progress=False
+    )
+    assert found.batch_sizes == ((2, 3) if dynamic else (2,))
+
+
+def test_onnx_files_are_whole_in_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr("separable.exporting._MOST_BYTES", 10)
+    with pytest.raises(ValueError, match="one ONNX file holds at most"):
+        separable.export(nn.Conv2d(1, 2, 3), tmp_path / "a.onnx", example=X, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit of file sizes on this system")
+def test_a_full_disk_is_an_error(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            model = nn.Sequential(nn.Flatten(), nn.Linear(64, 600))
+            separable.export(model, tmp_path / "a.pt2", example=X, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +32,8 @@ ENDINGS: dict[str, Format] = {
     ".pt2": "torch-export",
     ".safetensors": "safetensors",
 }
+_MOST_BYTES = 1_500_000_000
+"""of weights in an ONNX file; torch would put more into a second one"""
 Run = Callable[..., list[Tensor]]
 """Inputs in, all output tensors out, however the model nests them."""
 
@@ -129,9 +133,8 @@ def export(
         bar.update()
         bar.set_description("checking", refresh=False)
         run = run_again(original, files[target])
-        dynamic = dynamic_batch or chosen == "safetensors"
-        batches = list(_batches(args, inputs, dynamic))
-        worst = _compare(original, run, batches, chosen)
+        batches = list(_batches(args, inputs, dynamic_batch))
+        worst = _compare(original, run, batches, chosen, dynamic_batch)
         size = files[target].stat().st_size
         bar.update()
     sizes = tuple(dict.fromkeys(len(batch[0]) for batch in batches))
@@ -173,18 +176,18 @@ def _batches(
     generator = torch.Generator().manual_seed(0)
     size = len(args[0])
 
-    def noise(number: int) -> tuple[Tensor, ...]:
+    def noise(more: int) -> tuple[Tensor, ...]:
         return tuple(
-            torch.randn(number, *each.shape[1:], generator=generator).to(each.dtype)
+            torch.randn(len(each) + more, *each.shape[1:], generator=generator).to(each.dtype)
             if each.is_floating_point()
-            else _repeated(each, number)
+            else _repeated(each, len(each) + more)
             for each in args
         )
 
     yield args
-    yield noise(size)
+    yield noise(0)
     if dynamic:
-        yield noise(size + 1)
+        yield noise(1)
     for batch in inputs:
         parts = [batch] if dynamic else batch.split(size)
         # where the size is fixed, the last ones are repeated to fill a batch
@@ -207,7 +210,11 @@ def _check_runs(model: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 @torch.no_grad()
 def _compare(
-    model: nn.Module, run: Run, batches: list[tuple[Tensor, ...]], format: Format
+    model: nn.Module,
+    run: Run,
+    batches: list[tuple[Tensor, ...]],
+    format: Format,
+    dynamic: bool,
 ) -> float:
     """The largest deviation of the file's outputs from the model's.
 
@@ -220,9 +227,11 @@ def _compare(
         try:
             expected = _leaves(model(*_copies(batch)))
         except Exception as error:
+            advice = (
+                "; if its batch size is fixed, say so: `dynamic_batch=False`" if dynamic else ""
+            )
             raise ValueError(
-                f"`model` does not take a batch of {len(batch[0])} ({in_a_line(error)}); if its "
-                "batch size is fixed, say so: `dynamic_batch=False`"
+                f"`model` does not take a batch of {len(batch[0])} ({in_a_line(error)}){advice}"
             ) from error
         worst = max(worst, outputs_deviation(run(*_copies(batch)), expected))
         # a narrow type rounds more coarsely than the order of a sum matters
@@ -250,8 +259,10 @@ def _leaves(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def _traceable(args: tuple[Tensor, ...], dynamic: bool) -> tuple[tuple[Tensor, ...], Any]:
-    """Inputs to export with, and their axes that may change.
+def _traceable(
+    model: nn.Module, args: tuple[Tensor, ...], dynamic: bool
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs to export with, and their axes that may change, as `forward` names its inputs.
 
     A batch of one would be taken for a constant.
     """
@@ -259,7 +270,12 @@ def _traceable(args: tuple[Tensor, ...], dynamic: bool) -> tuple[tuple[Tensor, .
         return args, None
     axis = torch.export.Dim("batch")
     larger = tuple(_repeated(each, max(2, len(each))) for each in args)
-    return larger, tuple({0: axis} for _ in args)
+    axes: tuple[Any, ...] = tuple({0: axis} for _ in args)
+    kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # `*args` is one input, of several
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        axes = (*axes[:named], axes[named:])
+    return larger, axes
 
 
 def _failed(
@@ -279,7 +295,13 @@ def _failed(
 def _write_onnx(
     model: nn.Module, path: Path, args: tuple[Tensor, ...], dynamic: bool, opset: int | None
 ) -> int:
-    larger, shapes = _traceable(args, dynamic)
+    weights = sum(each.nbytes for each in model.state_dict().values() if isinstance(each, Tensor))
+    if weights > _MOST_BYTES:
+        raise ValueError(
+            f"`model` has {weights / 1e9:.1f} GB of weights, and one ONNX file holds at most "
+            f"{_MOST_BYTES / 1e9:g}; export as torch-export or safetensors"
+        )
+    larger, shapes = _traceable(model, args, dynamic)
     try:
         program = onnx_program(model, larger, shapes, opset)
         made = int(program.model.opset_imports[""])
@@ -316,14 +338,15 @@ def _run_onnx(_: nn.Module, path: Path) -> Run:
 def _write_program(
     model: nn.Module, path: Path, args: tuple[Tensor, ...], dynamic: bool, _: int | None
 ) -> None:
-    larger, shapes = _traceable(args, dynamic)
+    larger, shapes = _traceable(model, args, dynamic)
     try:
         with quiet():
             program = torch.export.export(model, larger, dynamic_shapes=shapes)
     except Exception as error:
         raise _failed("torch-export", model, args, dynamic, error) from error
-    with path.open("wb") as file:
-        torch.export.save(program, file)
+    content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _run_program(_: nn.Module, path: Path) -> Run:
