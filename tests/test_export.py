@@ -406,12 +406,12 @@ def test_onnx_files_are_whole_in_themselves(tmp_path, monkeypatch):
 def test_a_full_disk_is_an_error(tmp_path):
     import resource
 
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 600))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            model = nn.Sequential(nn.Flatten(), nn.Linear(64, 600))
             separable.export(model, tmp_path / "a.pt2", example=X, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -227,9 +227,8 @@ def _compare(
         try:
             expected = _leaves(model(*_copies(batch)))
         except Exception as error:
-            advice = (
-                "; if its batch size is fixed, say so: `dynamic_batch=False`" if dynamic else ""
-            )
+            fixed = "; if its batch size is fixed, say so: `dynamic_batch=False`"
+            advice = fixed if dynamic else ""
             raise ValueError(
                 f"`model` does not take a batch of {len(batch[0])} ({in_a_line(error)}){advice}"
             ) from error
