@@ -3,6 +3,7 @@
 import shlex
 import warnings
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import separable
 from separable.cli import main
+from separable.cli.errors import Group
 
 for package in (
     "torchvision",
@@ -479,3 +481,15 @@ def test_a_conversion_of_another_network_says_what_differs(assets, monkeypatch):
         "loading state_dict for Sequential: "
     )
     assert "size mismatch for 7.weight" in result.stderr
+
+
+def test_a_training_that_is_told_to_end_says_so_to_what_started_it():
+    """As `_interruptible` of a training leaves at SIGTERM: batch systems look at the code."""
+
+    @click.command
+    def ends():
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit) as left:
+        Group(commands={"ends": ends}).main(["ends"])
+    assert left.value.code == 143
