@@ -177,7 +177,7 @@ def test_defaults_by_optimiser():
     assert Recipe(optimizer="adamw", lr=3).peak_lr == 3.0
     assert Distillation().peak_lr == pytest.approx(4e-3)
     assert Distillation(relative=False).peak_lr == pytest.approx(3e-4)
-    assert Distillation(optimizer="sgd").peak_lr == pytest.approx(0.03)
+    assert Distillation(optimizer="sgd").peak_lr == pytest.approx(1e-3)
     assert Distillation(lr=3).peak_lr == 3.0
     assert Recipe(mean=0.5).mean == (0.5,)
     assert Recipe(devices=2).devices == "2"

@@ -28,7 +28,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 _RATES = {"sgd": 0.1, "adamw": 1e-3}
 _DECAYS = {"sgd": 1e-4, "adamw": 0.05}
 # A student begins near its teacher, and is to stay there.
-_NEAR_RATES = {"sgd": 0.03, "adamw": 3e-4}
+_NEAR_RATES = {"sgd": 1e-3, "adamw": 3e-4}
 _RELATIVE_RATE = 4e-3
 
 
@@ -190,7 +190,7 @@ class Distillation(Recipe):
     optimizer: Optimizer = _field("adamw", "SGD with Nesterov momentum, or AdamW.")
     lr: float | None = _field(
         None,
-        "Peak learning rate; left out 0.03 for SGD, for AdamW 0.004 if relative, 0.0003 if not.",
+        "Peak learning rate; left out 0.001 for SGD, for AdamW 0.004 if relative, 0.0003 if not.",
         0,
     )
     relative: bool | None = _field(
