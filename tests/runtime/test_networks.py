@@ -329,6 +329,35 @@ NETWORKS: dict[str, tuple[nn.Module, bool]] = {
         ),
         True,
     ),
+    "other-names-of-views": (
+        Call(
+            lambda x, a: (
+                torch.concat([a(x), x.movedim((1, -1), (2, 0)).moveaxis(0, 3)], 1).swapdims(1, 3)
+                + x.min(1).values[:, None].tile(18, 1, 1).swapdims(1, 3)
+                + x[0].adjoint().mH[0].T.ravel().sum()
+            ),
+            a=c(12, 6),
+        ),
+        True,
+    ),
+    "causal-attention": (
+        Call(
+            lambda x, a: F.scaled_dot_product_attention(
+                *a(x).flatten(2).mT.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4), is_causal=True
+            ),
+            a=c(12, 48),
+        ),
+        True,
+    ),
+    "causal-cross-attention": (
+        Call(
+            lambda x, a: F.scaled_dot_product_attention(
+                a(x)[:, :, 0], x[:, :, 1], x[:, :, 2], is_causal=True
+            ),
+            a=c(12, 12),
+        ),
+        True,
+    ),
     "linear-of-many-axes": (
         Call(lambda x, a: a(x.permute(0, 2, 3, 1)[:, None, None]), a=nn.Linear(12, 5)),
         True,

@@ -181,13 +181,16 @@ def _attention(
     *,
     scale: float | None = None,
 ) -> Lowered:
-    if causal or dropout or len(shape_of(key)) < 2:
+    if dropout or len(shape_of(key)) < 2:
         return None
     factor = 1 / math.sqrt(shape_of(query)[-1]) if scale is None else scale
     scores = product(query, turned(key))
     if scores is None:
         return None
     scores = elementwise(("mul", operand(0), float(factor)), scores)
+    if causal:
+        square = shape_of(scores)[-2:]
+        mask = constant(lambda: torch.full(square, -math.inf).triu(1), square)
     if mask:
         scores = elementwise(("add", operand(0), operand(1)), scores, mask)
     attributes = {"axis": len(shape_of(scores)) - 1, "function": "safe_softmax"}

@@ -177,6 +177,12 @@ def _largest_and_where(x: Node, dim: int, keepdim: bool = False) -> Lowered:
     return (_reduced("max", x, [dim], keepdim),)  # where it is has no kernel
 
 
+@lowers("min.dim")
+def _smallest_and_where(x: Node, dim: int, keepdim: bool = False) -> Lowered:
+    node = _smallest(x, [dim], keepdim)
+    return (node,) if isinstance(node, Node) else None
+
+
 @lowers("var.correction")
 def _variance(
     x: Node, dims: Sequence[int] | None = None, correction: float | None = 1, keepdim: bool = False

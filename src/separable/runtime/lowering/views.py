@@ -41,14 +41,14 @@ def _permute(x: Node, dims: Sequence[int]) -> Lowered:
     return view(x, "permute", [shape_of(x)[d] for d in order], order=order)
 
 
-@lowers("transpose.int", "swapaxes.default")
+@lowers("transpose.int", "swapaxes.default", "swapdims.default")
 def _transpose(x: Node, first: int, second: int) -> Lowered:
     order = list(range(len(shape_of(x))))
     order[first], order[second] = order[second], order[first]
     return _permute(x, order)
 
 
-@lowers("t.default")
+@lowers("t.default", "numpy_T.default")
 def _t(x: Node) -> Lowered:
     return _permute(x, range(len(shape_of(x)))[::-1])
 
@@ -73,6 +73,11 @@ def _flatten(x: Node, start: int = 0, end: int = -1) -> Lowered:
     return view(x, "reshape", (*shape[:start], joined, *shape[end + 1 :]))
 
 
+@lowers("ravel.default")
+def _ravel(x: Node) -> Lowered:
+    return _reshape(x, [-1])
+
+
 @lowers("unflatten.int")
 def _unflatten(x: Node, dim: int, sizes: Sequence[int]) -> Lowered:
     shape = shape_of(x)
@@ -82,12 +87,20 @@ def _unflatten(x: Node, dim: int, sizes: Sequence[int]) -> Lowered:
     return view(x, "reshape", (*shape[:dim], *parts, *shape[dim + 1 :]))
 
 
-@lowers("mT.default")
+@lowers("mT.default", "mH.default", "adjoint.default")
 def _matrix_transpose(x: Node) -> Lowered:
     return turned(x)
 
 
-@lowers("movedim.int")
+@lowers("movedim.intlist", "moveaxis.intlist")
+def _movedims(x: Node, sources: Sequence[int], destinations: Sequence[int]) -> Lowered:
+    rank = len(shape_of(x))
+    moved = {d % rank: s % rank for s, d in zip(sources, destinations, strict=True)}
+    others = iter(axis for axis in range(rank) if axis not in moved.values())
+    return _permute(x, [moved[i] if i in moved else next(others) for i in range(rank)])
+
+
+@lowers("movedim.int", "moveaxis.int")
 def _movedim(x: Node, source: int, destination: int) -> Lowered:
     order = list(range(len(shape_of(x))))
     order.insert(destination % len(order), order.pop(source))
@@ -205,6 +218,11 @@ def _repeat(x: Node, times: Sequence[int]) -> Lowered:
     return view(repeated, "reshape", [t * s for t, s in zip(times, shape, strict=True)])
 
 
+@lowers("tile.default")
+def _tile(x: Node, times: Sequence[int]) -> Lowered:
+    return _repeat(x, [1] * (len(shape_of(x)) - len(times)) + list(times))
+
+
 @lowers("repeat_interleave.self_int")
 def _repeat_each(x: Node, times: int, dim: int | None = None, **named: Any) -> Lowered:
     if dim is None:
@@ -244,7 +262,7 @@ def _stack(parts: Sequence[Node], dim: int = 0) -> Lowered:
     return _cat([part for part in wide if isinstance(part, Node)], dim)
 
 
-@lowers("cat.default")
+@lowers("cat.default", "concat.default", "concatenate.default")
 def _cat(parts: Sequence[Node], dim: int = 0) -> Lowered:
     parts = [part for part in parts if shape_of(part) != (0,)]
     shape = list(shape_of(parts[0]))
